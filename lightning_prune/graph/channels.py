@@ -1,0 +1,115 @@
+"""What belongs together: channel groups and the slots they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+Role = Literal["producer", "bias", "scale", "statistic", "consumer"]
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One slice family of a channel group: which positions of one dimension of one tensor belong to which unit.
+
+    Args:
+        tensor: Full name of the parameter or buffer, as in ``named_parameters()`` / ``named_buffers()``.
+        dim: Dimension of that tensor which is cut.
+        index: Positions along ``dim`` of each unit, int64 of shape ``[units, k]``.
+        role: What the tensor does with the channel: ``producer`` makes it (a convolution's rows), ``bias`` adds to it,
+            ``scale`` multiplies it, ``statistic`` is a running statistic of it, ``consumer`` reads it.
+    """
+
+    tensor: str
+    dim: int
+    index: Tensor
+    role: Role
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The entries of ``tensor`` that belong to each unit, shape ``[units, entries]``."""
+        index = self.index.to(tensor.device)
+        return tensor.index_select(self.dim, index.flatten()).movedim(self.dim, 0).reshape(len(index), -1)
+
+    def positions(self, units: Tensor) -> Tensor:
+        """Positions along ``dim`` of the given units (int64 indices or a bool mask), flat."""
+        return self.index[units].flatten()
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """All slices of all parameters and buffers that must go together when one channel goes.
+
+    Args:
+        name: Name of the group: the module that produces its channels.
+        slots: Every slice family of the group.
+        off: The slots to zero in order to switch a unit off exactly: its consumers, or, where a consumer has no
+            parameters, everything that makes it.
+        pattern: Equal for groups of the same shape pattern (used by the isomorphic scope).
+    """
+
+    name: str
+    slots: tuple[Slot, ...]
+    off: tuple[Slot, ...]
+    pattern: Hashable = None
+
+    @property
+    def width(self) -> int:
+        """Number of units (channels that can be removed one by one)."""
+        return len(self.slots[0].index)
+
+    def with_role(self, *roles: Role) -> tuple[Slot, ...]:
+        """The slots that play one of the given roles."""
+        return tuple(slot for slot in self.slots if slot.role in roles)
+
+
+class Refusal(NamedTuple):
+    """A part of the network that stays whole, and why."""
+
+    path: str
+    reason: str
+
+
+class Extent(NamedTuple):
+    """Size of one dimension as a function of group widths: ``fixed + sum(count * width)``."""
+
+    fixed: int
+    per_unit: tuple[tuple[str, int], ...] = ()
+
+    def size(self, widths: Mapping[str, int]) -> int:
+        """The size of the dimension when the groups have the given widths."""
+        return self.fixed + sum(count * widths[group] for group, count in self.per_unit)
+
+
+class Operation(NamedTuple):
+    """One executed operator whose multiply-accumulates are counted."""
+
+    function: object
+    arguments: tuple[object, ...]
+    result: tuple[Extent, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGraph:
+    """The channel groups of one network, as found by running it.
+
+    Attributes:
+        groups: Channel groups by name.
+        refused: Parts that stay whole, with the reason.
+        tensors: Shape of every parameter and float buffer as a function of the group widths, by name.
+        operations: Operators of one evaluation forward that multiply and accumulate.
+        batch_size: Number of samples in the batch that ``operations`` were recorded on.
+    """
+
+    groups: Mapping[str, ChannelGroup]
+    refused: tuple[Refusal, ...] = ()
+    tensors: Mapping[str, tuple[Extent, ...]] = field(default_factory=dict)
+    operations: tuple[Operation, ...] = ()
+    batch_size: int = 1
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Present number of units of each group."""
+        return {name: group.width for name, group in self.groups.items()}

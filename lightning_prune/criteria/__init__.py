@@ -1,0 +1,57 @@
+"""What matters: criteria that score the units of a channel group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from lightning_prune.choices import unknown_name
+from lightning_prune.criteria.base import Criterion, normalise
+from lightning_prune.criteria.geometric import FPGM
+from lightning_prune.criteria.norms import Norm
+from lightning_prune.criteria.random import Random
+from lightning_prune.criteria.scale import BatchNormScale
+from lightning_prune.criteria.taylor import Taylor
+
+CriterionName = Literal["l1", "l2", "bn_scale", "taylor", "fpgm", "random"]
+
+_BY_NAME: dict[str, Callable[[], Criterion]] = {
+    "l1": lambda: Norm(p=1, slots="producer"),
+    "l2": lambda: Norm(p=2, slots="all"),
+    "bn_scale": BatchNormScale,
+    "taylor": Taylor,
+    "fpgm": FPGM,
+    "random": Random,
+}
+
+
+def criterion_from(criterion: CriterionName | Criterion) -> Criterion:
+    """The criterion of that name with its defaults, or the given criterion itself.
+
+    ``"l1"`` is the 1-norm of the producers, ``"l2"`` the 2-norm of all coupled weights.
+
+    Raises:
+        ConfigurationError: If no criterion has that name.
+
+    Example:
+        >>> criterion_from("l1")
+        Norm(p=1, slots='producer')
+    """
+    if isinstance(criterion, Criterion):
+        return criterion
+    if criterion not in _BY_NAME:
+        raise unknown_name("criterion", criterion, _BY_NAME)
+    return _BY_NAME[criterion]()
+
+
+__all__ = [
+    "FPGM",
+    "BatchNormScale",
+    "Criterion",
+    "CriterionName",
+    "Norm",
+    "Random",
+    "Taylor",
+    "criterion_from",
+    "normalise",
+]

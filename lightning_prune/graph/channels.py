@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_prune.graph.analysis import Analysis
 
 Role = Literal["producer", "bias", "scale", "statistic", "consumer"]
 
@@ -101,6 +104,7 @@ class ChannelGraph:
         tensors: Shape of every parameter and float buffer as a function of the group widths, by name.
         operations: Operators of one evaluation forward that multiply and accumulate.
         batch_size: Number of samples in the batch that ``operations`` were recorded on.
+        evidence: What the graph was derived from; surgery proves a cut against it.
     """
 
     groups: Mapping[str, ChannelGroup]
@@ -108,6 +112,7 @@ class ChannelGraph:
     tensors: Mapping[str, tuple[Extent, ...]] = field(default_factory=dict)
     operations: tuple[Operation, ...] = ()
     batch_size: int = 1
+    evidence: Analysis | None = field(default=None, repr=False)
 
     @property
     def widths(self) -> dict[str, int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -20,28 +21,60 @@ class Program:
         run: Runs it once with the network's present weights. Returns a (nested) collection of the tensors that the
             network hands to the outside; these keep their shape whatever is pruned.
         training: Whether the network runs in train mode.
+        samples: Number of samples in the data it runs on; costs are given per sample.
     """
 
     name: str
     run: Callable[[], Any]
     training: bool = False
+    samples: int = 1
+
+
+_unobserved_depth = 0
 
 
 @contextmanager
-def preserved(model: nn.Module, training: bool) -> Iterator[None]:
-    """Run ``model`` in the given mode and put modes, buffers, gradients and random state back afterwards."""
+def unobserved() -> Iterator[None]:
+    """Inside, a tracer does not look: for bookkeeping around the user's code that is not part of the program."""
+    global _unobserved_depth
+    _unobserved_depth += 1
+    try:
+        yield
+    finally:
+        _unobserved_depth -= 1
+
+
+def is_observed() -> bool:
+    """Whether a tracer should look at what is executed now."""
+    return _unobserved_depth == 0
+
+
+@contextmanager
+def preserved(model: nn.Module, training: bool | None) -> Iterator[None]:
+    """Run ``model`` in the given mode and put modes, buffers, gradients and random state back afterwards.
+
+    Args:
+        model: Any module.
+        training: The mode for every module of ``model``; None leaves each as it is.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    registered = [(module, dict(module._buffers)) for module in model.modules()]
+    with unobserved():
+        buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     devices = sorted({t.device.index or 0 for t in [*model.parameters(), *model.buffers()] if t.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices):
             for parameter, _ in gradients:
                 parameter.grad = None
-            model.train(training)
+            if training is not None:
+                model.train(training)
             yield
     finally:
-        with torch.no_grad():
+        for module, named in registered:
+            module._buffers.clear()
+            module._buffers.update(named)
+        with unobserved(), torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
         for parameter, gradient in gradients:
@@ -69,4 +102,9 @@ def module_programs(model: nn.Module, inputs: Tensor | Sequence[Any] | Mapping[s
 
         return run
 
-    return [Program(f"forward ({'train' if t else 'evaluation'} mode)", runner(t), t) for t in (False, True)]
+    tensors = [leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    samples = len(tensors[0]) if tensors else 1
+    return [
+        Program(f"forward ({'train' if training else 'evaluation'} mode)", runner(training), training, samples)
+        for training in (False, True)
+    ]

@@ -1,0 +1,107 @@
+"""What a criterion is, and how criteria are found by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_prune.errors import PruneError
+from lightning_prune.graph.channels import ChannelGroup, Role, Slot
+
+WEIGHT_ROLES: tuple[Role, ...] = ("producer", "bias", "scale", "consumer")
+
+
+class Criterion(ABC):
+    """Gives every unit of a channel group an importance score; higher means keep.
+
+    Attributes:
+        batches: Number of real batches whose gradients the criterion wants; 0 if it looks at the weights only. A caller
+            scores once per batch and averages.
+        normalised: Whether a caller that compares units of different groups should divide each group's scores by their
+            mean first (see :func:`normalise`).
+
+    Example:
+        >>> class LargestWeight(Criterion):
+        ...     def score(self, group, tensors, gradients, generator):
+        ...         return entries(group.with_role("producer"), tensors).abs().amax(1)
+        >>> index = torch.arange(2)[:, None]
+        >>> group = ChannelGroup("conv", (Slot("conv.weight", 0, index, "producer"),), ())
+        >>> weights = {"conv.weight": torch.tensor([[1.0, -3.0], [2.0, 0.0]])}
+        >>> LargestWeight().score(group, weights, {}, torch.Generator())
+        tensor([3., 2.])
+    """
+
+    batches: int = 0
+    normalised: bool = True
+
+    @abstractmethod
+    def score(
+        self,
+        group: ChannelGroup,
+        tensors: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Score the units of one group.
+
+        Args:
+            group: The channel group.
+            tensors: Present value of every parameter and buffer of the network, by full name.
+            gradients: Gradient of the loss of one batch, by full name of the parameter. Empty if ``batches`` is 0.
+            generator: The only source of randomness a criterion may use, so that all processes agree.
+
+        Returns:
+            Scores of shape ``[units]``; finite, higher = keep.
+        """
+
+
+def entries(slots: Iterable[Slot], tensors: Mapping[str, Tensor]) -> Tensor:
+    """All entries of the given slots side by side, unit by unit.
+
+    Args:
+        slots: Slots of one group.
+        tensors: Tensors by full name.
+
+    Returns:
+        Detached values of shape ``[units, entries]``, in single precision or better.
+
+    Raises:
+        PruneError: If ``tensors`` lacks one of the slots' tensors.
+    """
+    parts = []
+    for slot in slots:
+        if slot.tensor not in tensors:
+            raise PruneError(
+                f"cannot score {slot.tensor!r}: there is no value or gradient for it. Exclude the channel group that "
+                'owns it, or use a criterion that looks at weights only, such as "l2".'
+            )
+        part = slot.gather(tensors[slot.tensor].detach())
+        parts.append(part.to(torch.promote_types(part.dtype, torch.float32)))
+    return torch.cat(parts, dim=1)
+
+
+def producers(group: ChannelGroup) -> tuple[Slot, ...]:
+    """The slots that make a group's channels, or every slot with weights where no parameter makes them."""
+    return group.with_role("producer") or group.with_role(*WEIGHT_ROLES)
+
+
+def normalise(scores: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Divide a group's scores by their mean, which makes groups comparable (Fang et al., 2023).
+
+    Args:
+        scores: Scores of one group, shape ``[units]``.
+        keep: Bool mask of shape ``[units]``; the mean is taken over these units only, so that units which are already
+            off do not lift the others.
+
+    Returns:
+        Scores of shape ``[units]`` whose mean over the kept units is 1, or ``scores`` itself if their mean is 0.
+
+    Example:
+        >>> normalise(torch.tensor([1.0, 2.0, 3.0]))
+        tensor([0.5000, 1.0000, 1.5000])
+    """
+    mean = (scores if keep is None else scores[keep.to(scores.device)]).mean()
+    return scores if mean == 0 else scores / mean

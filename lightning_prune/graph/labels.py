@@ -1,0 +1,208 @@
+"""Labels: integer tensors that name, for every element of a tensor, the prunable unit it belongs to."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SOLID = 0
+"""The label of elements that are never removed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """Labels of one tensor along the dimensions they vary on.
+
+    Args:
+        ids: int64, as many dimensions as the tensor, of size 1 wherever the label does not vary.
+        zero: Whether a removed element is exactly zero once every slot of its unit is zeroed.
+    """
+
+    ids: Tensor
+    zero: bool
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Dimensions along which the labels vary."""
+        return varying(self.ids)
+
+
+class Labels(NamedTuple):
+    """What is known of one tensor: its planes, and whether it depends on parameters and constants only."""
+
+    planes: tuple[Plane, ...] = ()
+    static: bool = False
+
+
+class Witness(NamedTuple):
+    """A shape with its labels, as an operator saw it; the shrunk network must show the same, less what was removed."""
+
+    shape: tuple[int, ...]
+    planes: tuple[Plane, ...]
+
+
+def varying(ids: Tensor) -> tuple[int, ...]:
+    """Dimensions of size above one."""
+    return tuple(dim for dim, size in enumerate(ids.shape) if size > 1)
+
+
+def compact(ids: Tensor) -> Tensor:
+    """Reduce every dimension along which the labels are constant to size 1."""
+    for dim in varying(ids):
+        first = ids.narrow(dim, 0, 1)
+        if bool((ids == first).all()):
+            ids = first
+    return ids
+
+
+def align(plane: Plane, ndim: int) -> Plane:
+    """Prepend dimensions of size 1, as broadcasting does."""
+    return Plane(plane.ids.reshape((1,) * (ndim - plane.ids.dim()) + tuple(plane.ids.shape)), plane.zero)
+
+
+@cache
+def _library_roots() -> tuple[str, ...]:
+    roots = [str(Path(__file__).parent.parent) + os.sep]
+    for name in ("torch", "lightning", "pytorch_lightning"):
+        spec = find_spec(name)
+        if spec is not None and spec.origin is not None:
+            roots.append(str(Path(spec.origin).parent) + os.sep)
+    return tuple(roots)
+
+
+def user_line() -> str:
+    """The innermost line of code under execution that belongs to neither torch, Lightning nor this library."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if not filename.startswith((*_library_roots(), "<")) and Path(filename).name != "contextlib.py":
+            return f"{Path(filename).name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "an unknown line"
+
+
+class Frozen(NamedTuple):
+    """Labels that must stay whole. Without a reason the fact is not worth telling (a kernel's height, say)."""
+
+    ids: Tensor
+    reason: str | None
+
+
+class LabelSpace:
+    """Hands out labels and collects what is learnt about them: which belong together and which stay whole."""
+
+    def __init__(self) -> None:
+        """Start with the solid label only."""
+        self.count = 1
+        self.edges: list[tuple[Tensor, Tensor]] = []
+        self.static_edges: list[tuple[Tensor, Tensor]] = []
+        self.frozen: list[Frozen] = [Frozen(torch.zeros(1, dtype=torch.int64), None)]
+        self.marks: dict[str, list[Tensor]] = {}
+
+    def fresh(self, shape: Sequence[int]) -> tuple[Plane, ...]:
+        """One plane of new labels for each dimension of size above one."""
+        planes = []
+        for dim, size in enumerate(shape):
+            if size > 1:
+                view = [1] * len(shape)
+                view[dim] = size
+                planes.append(Plane(torch.arange(self.count, self.count + size).reshape(view), True))
+                self.count += size
+        return tuple(planes)
+
+    def unite(self, first: Tensor, second: Tensor, static: bool = False) -> None:
+        """Labels at the same place (after broadcasting) belong to the same unit."""
+        a, b = torch.broadcast_tensors(first, second)
+        edge = (a.flatten(), b.flatten())
+        self.edges.append(edge)
+        if static:
+            self.static_edges.append(edge)
+
+    def tie(self, ids: Tensor, dims: Iterable[int]) -> Tensor:
+        """Unite the labels along some dimensions; returns them with these dimensions reduced to size 1."""
+        for dim in dims:
+            first = ids.narrow(dim, 0, 1)
+            if ids.shape[dim] > 1:
+                self.unite(ids, first)
+            ids = first
+        return ids
+
+    def freeze(self, ids: Tensor, reason: str | None) -> None:
+        """These labels stay whole."""
+        self.frozen.append(Frozen(ids.flatten(), None if reason is None else f"{reason} ({user_line()})"))
+
+    def mark(self, mark: str, ids: Tensor) -> None:
+        """Remember something about labels: a slot's role, or that zeroing must reach them."""
+        self.marks.setdefault(mark, []).append(ids.flatten())
+
+
+def components(count: int, edges: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Smallest label of each label's connected component, shape ``[count]``."""
+    parent = torch.arange(count)
+    if not edges:
+        return parent
+    first = torch.cat([edge[0] for edge in edges])
+    second = torch.cat([edge[1] for edge in edges])
+    while True:
+        a, b = parent[first], parent[second]
+        differ = a != b
+        if not bool(differ.any()):
+            return parent
+        first, second, a, b = first[differ], second[differ], a[differ], b[differ]
+        parent.scatter_reduce_(0, torch.maximum(a, b), torch.minimum(a, b), "amin")
+        while not torch.equal(jumped := parent[parent], parent):
+            parent = jumped
+
+
+def reshape_ids(ids: Tensor, shape_in: Sequence[int], shape_out: Sequence[int]) -> Tensor:
+    """Labels of a row-major reshape, expanded only within those runs of dimensions that really mix.
+
+    Args:
+        ids: Compact labels of a tensor of shape ``shape_in``.
+        shape_in: Shape before.
+        shape_out: Shape after, of as many elements.
+    """
+    if 0 in shape_in:
+        return torch.zeros((1,) * len(shape_out), dtype=torch.int64)
+    pieces: list[int] = []
+    expanded = list(ids.shape)
+    i = j = 0
+    while i < len(shape_in) or j < len(shape_out):
+        start_in, start_out = i, j
+        n_in = n_out = 1
+        if i < len(shape_in):
+            n_in, i = shape_in[i], i + 1
+        if j < len(shape_out):
+            n_out, j = shape_out[j], j + 1
+        while n_in != n_out:
+            if n_in < n_out:
+                n_in, i = n_in * shape_in[i], i + 1
+            else:
+                n_out, j = n_out * shape_out[j], j + 1
+        while i < len(shape_in) and n_in == 1 and shape_in[i] == 1:
+            i += 1
+        varies = any(ids.shape[d] > 1 for d in range(start_in, i))
+        for d in range(start_in, i):
+            expanded[d] = shape_in[d] if varies else 1
+        pieces.extend(shape_out[start_out:j] if varies else [1] * (j - start_out))
+    return compact(ids.expand(expanded).reshape(pieces))
+
+
+def settle(space: LabelSpace, plane: Plane, dims: Iterable[int], reason: str | None) -> Plane:
+    """Make a plane constant along some dimensions: tie it there, or freeze it if it varies nowhere else."""
+    inside = [d for d in dims if plane.ids.shape[d] > 1]
+    if not inside:
+        return plane
+    if len(inside) == len(plane.dims):
+        space.freeze(plane.ids, reason)
+        return plane
+    return Plane(space.tie(plane.ids, inside), plane.zero)

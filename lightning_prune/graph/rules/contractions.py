@@ -1,0 +1,144 @@
+"""Matrix products and convolutions: multiply in a joint index space, then sum over the shared index."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_prune.graph.labels import LabelSpace, Plane, reshape_ids, settle
+from lightning_prune.graph.rules.pointwise import mark, merge
+from lightning_prune.graph.tracer import Call, Labelled, Planes, Rule
+
+NEEDS_ZERO = "needs zero"
+"""Mark of labels whose units are off only when everything that makes them is zero."""
+
+
+def sum_out(space: LabelSpace, planes: Planes, dim: int, protected: Planes) -> Planes:
+    """Labels of a sum over ``dim``.
+
+    Args:
+        space: Where findings are reported.
+        planes: Labels of the summands.
+        dim: The dimension that disappears (kept with size 1).
+        protected: Labels of weights among the factors: where they are zeroed a removed summand is zero in any case.
+    """
+    result = []
+    for plane in planes:
+        if plane.ids.shape[dim] == 1:
+            result.append(plane)
+        elif len(plane.dims) > 1:
+            result.append(Plane(space.tie(plane.ids, (dim,)), plane.zero))
+        elif not any(p.ids.shape[dim] > 1 and p.zero for p in protected):
+            if plane.zero:
+                space.mark(NEEDS_ZERO, plane.ids)
+            else:
+                space.freeze(plane.ids, "is summed over while a removed channel would not be zero there")
+    return tuple(result)
+
+
+def contract(call: Call, first: Labelled, second: Labelled, dim: int, static: tuple[bool, bool]) -> Planes:
+    """Multiply two operands given in one joint index space and sum over ``dim``."""
+    weights = [operand for operand, is_static in zip((first, second), static, strict=True) if is_static]
+    for operand in weights:
+        for plane in operand.planes:
+            mark(call.space, "consumer" if plane.ids.shape[dim] > 1 else "producer", (plane,))
+    product = merge(call.space, (first, second), lambda zeros: bool(zeros), static)
+    return sum_out(call.space, product, dim, tuple(p for operand in weights for p in operand.planes))
+
+
+def _insert(tensor: Tensor, planes: Planes, dim: int) -> Labelled:
+    shape = list(tensor.shape)
+    position = dim % (len(shape) + 1)
+    shape.insert(position, 1)
+    return Labelled(tuple(shape), tuple(Plane(p.ids.unsqueeze(position), p.zero) for p in planes))
+
+
+def _product(call: Call, first: Tensor, second: Tensor) -> Planes:
+    a = _insert(first, call.planes(first), -1)
+    b = _insert(second, call.planes(second), -3)
+    summed = contract(call, a, b, len(a.shape) - 2, (call.is_static(first), call.is_static(second)))
+    return tuple(Plane(p.ids.squeeze(-2), p.zero) for p in summed)
+
+
+def matrix_product(call: Call) -> list[Planes]:
+    """``mm`` and ``bmm``."""
+    return [_product(call, *call.tensors)]
+
+
+def add_matrix_product(call: Call) -> list[Planes]:
+    """``addmm`` and ``baddbmm``: a product plus a bias."""
+    bias, first, second = call.tensors
+    return [_add_bias(call, _product(call, first, second), bias)]
+
+
+def _add_bias(call: Call, planes: Planes, bias: Tensor, shape: tuple[int, ...] | None = None) -> Planes:
+    shape = shape or tuple(bias.shape)
+    labels = call.planes(bias)
+    if len(shape) != bias.dim():
+        labels = tuple(Plane(p.ids.reshape(shape), p.zero) for p in labels)
+    if call.is_static(bias):
+        mark(call.space, "bias", labels)
+    operands = (Labelled(tuple(call.outputs[0].shape), planes), Labelled(shape, labels))
+    return merge(call.space, operands, lambda zeros: zeros == {0, 1}, (call.static, call.is_static(bias)))
+
+
+def vector_product(call: Call) -> list[Planes]:
+    """``mv`` and ``dot``."""
+    matrix, vector = call.tensors
+    a = Labelled(tuple(matrix.shape), call.planes(matrix))
+    b = Labelled(tuple(vector.shape), call.planes(vector))
+    dim = matrix.dim() - 1
+    lifted = tuple(Plane(p.ids.reshape((1,) * dim + (-1,)), p.zero) for p in b.planes)
+    summed = contract(call, a, Labelled((1,) * dim + b.shape, lifted), dim, (call.is_static(matrix), call.is_static(vector)))
+    return [tuple(Plane(p.ids.squeeze(dim), p.zero) for p in summed)]
+
+
+def convolution(call: Call) -> list[Planes]:
+    """Convolutions of any dimension, transposed and grouped ones too, in the space (batch, group, out, in)."""
+    data, weight, bias = (call.arguments[key] for key in ("input", "weight", "bias"))
+    groups, transposed = call.arguments["groups"], call.arguments["transposed"]
+    spatial, kernel = range(2, data.dim()), range(2, weight.dim())
+    batch, channels = data.shape[:2]
+    rows, columns = weight.shape[:2]
+    per_group_in = channels // groups
+    per_group_out = columns if transposed else rows // groups
+
+    def joint_data(plane: Plane) -> Plane:
+        plane = settle(call.space, plane, spatial, "varies over the image")
+        flat = plane.ids.reshape(plane.ids.shape[:2])
+        return Plane(reshape_ids(flat, (batch, channels), (batch, groups, 1, per_group_in)), plane.zero)
+
+    def joint_weight(plane: Plane) -> Plane | None:
+        plane = settle(call.space, plane, kernel, None)
+        if any(plane.ids.shape[d] > 1 for d in kernel):
+            return None
+        flat = plane.ids.reshape(plane.ids.shape[:2])
+        if transposed:
+            ids = reshape_ids(flat, (rows, columns), (groups, per_group_in, per_group_out)).transpose(1, 2)
+        else:
+            ids = reshape_ids(flat, (rows, columns), (groups, per_group_out, columns))
+        return Plane(ids.unsqueeze(0), plane.zero)
+
+    image = tuple(p for p in map(joint_data, call.planes(data)) if p.dims)
+    filters = tuple(p for p in map(joint_weight, call.planes(weight)) if p is not None)
+    a = Labelled((batch, groups, 1, per_group_in), image)
+    b = Labelled((1, groups, per_group_out, per_group_in), filters)
+    call.witness(a.shape, a.planes)
+    call.witness(b.shape, b.planes)
+    summed = contract(call, a, b, 3, (call.is_static(data), call.is_static(weight)))
+    out_channels = groups * per_group_out
+    ones = (1,) * len(spatial)
+    result = []
+    for plane in summed:
+        flat = reshape_ids(plane.ids, (batch, groups, per_group_out, 1), (batch, out_channels))
+        result.append(Plane(flat.reshape(*flat.shape, *ones), plane.zero))
+    if bias is None:
+        return [tuple(result)]
+    return [_add_bias(call, tuple(result), bias, (1, out_channels, *ones))]
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("mm", "bmm"), matrix_product),
+    **dict.fromkeys(("addmm", "baddbmm"), add_matrix_product),
+    **dict.fromkeys(("mv", "dot"), vector_product),
+    **dict.fromkeys(("convolution", "_convolution"), convolution),
+}

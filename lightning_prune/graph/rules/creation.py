@@ -1,0 +1,31 @@
+"""Tensors made from nothing: they may take any size, unless their values depend on their place."""
+
+from __future__ import annotations
+
+from lightning_prune.graph.labels import Plane
+from lightning_prune.graph.tracer import Call, Planes, Rule
+
+
+def uniform_values(call: Call) -> list[Planes]:
+    """Zeros, ones, noise: any part of them serves as well as any other."""
+    result = []
+    for output in call.outputs:
+        zero = not output.is_floating_point() or call.name.endswith("zeros") or call.name == "zeros_like"
+        result.append(tuple(Plane(plane.ids, zero) for plane in call.new_labels(output.shape)))
+    return result
+
+
+def fixed_values(call: Call) -> list[Planes]:
+    """Counting tensors and constants: they cannot be cut."""
+    return [() for _ in call.outputs]
+
+
+_UNIFORM = (
+    "zeros", "ones", "full", "empty", "rand", "randn", "zeros_like", "ones_like", "full_like", "empty_like",
+    "rand_like", "randn_like", "new_zeros", "new_ones", "new_full", "new_empty", "empty_strided", "new_empty_strided",
+)  # fmt: skip
+_FIXED = ("arange", "linspace", "eye", "scalar_tensor", "randint", "randperm", "tril_indices", "triu_indices", "one_hot")
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(_UNIFORM, uniform_values),
+    **dict.fromkeys(_FIXED, fixed_values),
+}

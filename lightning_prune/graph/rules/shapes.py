@@ -1,0 +1,195 @@
+"""Operators that move elements about: the labels move the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_prune.graph.labels import SOLID, Plane, compact, reshape_ids, settle
+from lightning_prune.graph.rules.pointwise import merge
+from lightning_prune.graph.tracer import Call, Labelled, Planes, Rule
+
+
+def _dim(call: Call, ndim: int, key: str = "dim") -> int:
+    return int(call.arguments[key]) % ndim
+
+
+def _source(call: Call) -> Tensor:
+    return call.tensors[0]
+
+
+def reshape(call: Call) -> list[Planes]:
+    """Any row-major change of shape."""
+    source, target = _source(call), call.outputs[0]
+    planes = (
+        Plane(reshape_ids(p.ids, tuple(source.shape), tuple(target.shape)), p.zero) for p in call.planes(source)
+    )
+    return [tuple(planes)]
+
+
+def same_place(call: Call) -> list[Planes]:
+    """Dimensions change places: the operator itself moves the compact labels."""
+    rest = call.args[1:]
+    planes = (Plane(call.function(p.ids, *rest, **call.kwargs), p.zero) for p in call.planes(_source(call)))
+    return [tuple(planes)]
+
+
+def expand(call: Call) -> list[Planes]:
+    """Broadcasting adds dimensions along which nothing varies."""
+    ndim = call.outputs[0].dim()
+    planes = (
+        Plane(p.ids.reshape((1,) * (ndim - p.ids.dim()) + tuple(p.ids.shape)), p.zero)
+        for p in call.planes(_source(call))
+    )
+    return [tuple(planes)]
+
+
+def slice_(call: Call) -> list[Planes]:
+    """A range along one dimension."""
+    source, target = _source(call), call.outputs[0]
+    dim = _dim(call, source.dim())
+    rest = {key: call.arguments[key] for key in ("start", "end", "step")}
+    result = []
+    for plane in call.planes(source):
+        ids = plane.ids
+        if ids.shape[dim] > 1 and target.shape[dim] != source.shape[dim]:
+            ids = compact(torch.ops.aten.slice(ids, dim, **rest))
+        result.append(Plane(ids, plane.zero))
+    return [tuple(result)]
+
+
+def narrow_reads(call: Call) -> list[Planes]:
+    """Single positions along a dimension: what is picked by its number cannot move."""
+    source = _source(call)
+    dim = _dim(call, source.dim())
+    result = []
+    for plane in call.planes(source):
+        settled = settle(call.space, plane, (dim,), "single channels are picked by their number")
+        result.append(Plane(settled.ids.narrow(dim, 0, 1).squeeze(dim), settled.zero))
+    return [tuple(result) for _ in call.outputs]
+
+
+def split(call: Call) -> list[Planes]:
+    """Pieces along one dimension. Equal pieces must stay equal."""
+    source = _source(call)
+    dim = _dim(call, source.dim())
+    lengths = [output.shape[dim] for output in call.outputs]
+    results: list[list[Plane]] = [[] for _ in lengths]
+    for plane in call.planes(source):
+        if plane.ids.shape[dim] == 1:
+            pieces: Sequence[Tensor] = [plane.ids] * len(lengths)
+        else:
+            pieces = plane.ids.split(lengths, dim)
+            if len(lengths) > 1 and len(set(lengths)) == 1:
+                cut = (len(lengths), lengths[0])
+                shape = (*source.shape[:dim], *cut, *source.shape[dim + 1 :])
+                call.witness(shape, (Plane(plane.ids.unflatten(dim, cut), plane.zero),))
+        for result, piece in zip(results, pieces, strict=True):
+            result.append(Plane(compact(piece), plane.zero))
+    return [tuple(result) for result in results]
+
+
+def _join(call: Call, shapes: list[tuple[int, ...]], planes: list[Planes], dim: int) -> Planes:
+    """Labels of pieces laid end to end along ``dim``."""
+    along = [[p for p in piece if p.ids.shape[dim] > 1] for piece in planes]
+    across = [tuple(p for p in piece if p.ids.shape[dim] == 1) for piece in planes]
+    result: list[Plane] = []
+    if any(along):
+        ndim = len(shapes[0])
+        others = {d for piece in along for p in piece for d in p.dims if d != dim}
+        columns = []
+        for shape, piece in zip(shapes, along, strict=True):
+            full = [shape[d] if d == dim or d in others else 1 for d in range(ndim)]
+            columns.append(piece[0].ids.expand(full) if piece else torch.full(full, SOLID))
+        result.append(Plane(compact(torch.cat(columns, dim)), all(p.zero for piece in along for p in piece)))
+    flat = [Labelled((*s[:dim], 1, *s[dim + 1 :]), p) for s, p in zip(shapes, across, strict=True)]
+    everyone = set(range(len(flat)))
+    return (*result, *merge(call.space, flat, lambda zeros: zeros == everyone))
+
+
+def cat(call: Call) -> list[Planes]:
+    """Concatenation."""
+    pieces = [tensor for tensor in call.tensors if tensor.dim() == call.outputs[0].dim()]
+    dim = _dim(call, call.outputs[0].dim())
+    shapes = [tuple(piece.shape) for piece in pieces]
+    return [_join(call, shapes, [call.planes(piece) for piece in pieces], dim)]
+
+
+def stack(call: Call) -> list[Planes]:
+    """Stacking: every piece gets a new dimension of size 1 first."""
+    dim = _dim(call, call.outputs[0].dim())
+    shapes = [(*t.shape[:dim], 1, *t.shape[dim:]) for t in call.tensors]
+    planes = [tuple(Plane(p.ids.unsqueeze(dim), p.zero) for p in call.planes(t)) for t in call.tensors]
+    return [_join(call, shapes, planes, dim)]
+
+
+def rearrange(call: Call) -> list[Planes]:
+    """Any other movement of elements: run the operator on the labels themselves."""
+    source = _source(call)
+    fill = {"value": SOLID} if "value" in call.arguments else {}
+    result = []
+    for plane in call.planes(source):
+        full = plane.ids.expand(source.shape).to(torch.float64)
+        arguments: dict[str, Any] = {**call.arguments, **fill}
+        arguments[next(iter(arguments))] = full
+        moved = call.function(**arguments).round().to(torch.int64)
+        result.append(Plane(compact(moved), plane.zero))
+    return [tuple(result)]
+
+
+def pad(call: Call) -> list[Planes]:
+    """Constant padding: a labelled dimension gains positions that stay; other dimensions only grow."""
+    source, amounts = _source(call), list(call.arguments["pad"])
+    padded = {source.dim() - 1 - i // 2 for i, amount in enumerate(amounts) if amount}
+    if any(set(plane.dims) & padded for plane in call.planes(source)):
+        return rearrange(call)
+    return [call.planes(source)]
+
+
+def index(call: Call) -> list[Planes]:
+    """Reading by index tensors: indexed dimensions stay whole, the others move on."""
+    source, indices = _source(call), list(call.arguments["indices"])
+    indexed = [d for d, positions in enumerate(indices) if positions is not None]
+    result = []
+    for plane in call.planes(source):
+        plane = settle(call.space, plane, indexed, "channels are picked by an index tensor")
+        shape = [n if d in indexed else plane.ids.shape[d] for d, n in enumerate(source.shape)]
+        result.append(Plane(compact(call.function(plane.ids.expand(shape), indices)), plane.zero))
+    return [tuple(result)]
+
+
+def index_along(call: Call) -> list[Planes]:
+    """``index_select`` and ``embedding``: one indexed dimension."""
+    source, target = _source(call), call.outputs[0]
+    dim = _dim(call, source.dim()) if "dim" in call.arguments else 0
+    result = []
+    for plane in call.planes(source):
+        plane = settle(call.space, plane, (dim,), "rows are picked by an index tensor")
+        lead = [1] * (target.dim() - source.dim() + 1)
+        ids = plane.ids
+        shape = (*ids.shape[:dim], *lead, *ids.shape[dim + 1 :])
+        result.append(Plane(ids.narrow(dim, 0, 1).reshape(shape), plane.zero))
+    return [tuple(result)]
+
+
+_RESHAPES = (
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten", "unflatten", "alias",
+    "detach", "clone", "contiguous", "lift_fresh", "lift_fresh_copy", "squeeze_copy", "expand_as", "positive",
+)  # fmt: skip
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(_RESHAPES, reshape),
+    **dict.fromkeys(("t", "transpose", "permute", "movedim", "swapaxes", "numpy_T"), same_place),
+    **dict.fromkeys(("select", "unbind"), narrow_reads),
+    **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk"), split),
+    **dict.fromkeys(("repeat", "flip", "roll", "pixel_shuffle", "pixel_unshuffle", "unfold", "im2col"), rearrange),
+    **dict.fromkeys(("index_select", "embedding"), index_along),
+    "expand": expand,
+    "slice": slice_,
+    "cat": cat,
+    "stack": stack,
+    "constant_pad_nd": pad,
+    "index": index,
+}

@@ -1,0 +1,173 @@
+"""What is off: channel masks held as zeroed weights."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_prune.errors import ConfigurationError, PruneError
+from lightning_prune.graph.channels import ChannelGraph
+
+
+class OffEntry(NamedTuple):
+    """Positions along one dimension of one tensor that are held at zero.
+
+    Args:
+        tensor: Full name of the tensor.
+        dim: The dimension.
+        positions: Flat int64 positions along ``dim``.
+    """
+
+    tensor: str
+    dim: int
+    positions: Tensor
+
+
+class Masks:
+    """Which units of a network's channel groups are kept, and the entries to zero for those that are not.
+
+    All units are kept at first. The entries are worked out when the masks change, so applying them costs one
+    ``index_fill_`` per tensor and dimension. A resized network needs new masks, made from its own graph.
+
+    Args:
+        graph: Channel graph of the network.
+
+    Attributes:
+        keep: Bool masks of shape ``[units]`` on the CPU by group name, True = kept. Change them through :meth:`set`.
+
+    Example:
+        >>> from lightning_prune.graph.channels import ChannelGroup, Slot
+        >>> reads = Slot("head.weight", 1, torch.arange(3)[:, None], "consumer")
+        >>> masks = Masks(ChannelGraph({"fc": ChannelGroup("fc", (reads,), (reads,))}))
+        >>> masks.set({"fc": torch.tensor([True, False, True])})
+        >>> weight = torch.ones(1, 3)
+        >>> masks.apply({"head.weight": weight})
+        >>> weight
+        tensor([[1., 0., 1.]])
+    """
+
+    def __init__(self, graph: ChannelGraph) -> None:
+        self._groups = graph.groups
+        self.keep = {name: torch.ones(group.width, dtype=torch.bool) for name, group in graph.groups.items()}
+        self._by_device: dict[torch.device, dict[str, list[OffEntry]]] = {}
+
+    def set(self, keep: Mapping[str, Tensor]) -> None:
+        """Replace the masks of the given groups; groups that are not named stay as they are.
+
+        Args:
+            keep: Bool masks of shape ``[units]`` by group name.
+
+        Raises:
+            ConfigurationError: If a group does not exist or has another number of units; nothing is changed then.
+        """
+        for name, mask in keep.items():
+            if name not in self.keep:
+                raise ConfigurationError(
+                    f"there is no channel group {name!r} to mask; the network has {', '.join(self.keep) or 'none'}."
+                )
+            if mask.dtype != torch.bool or mask.shape != self.keep[name].shape:
+                raise ConfigurationError(
+                    f"the mask of channel group {name!r} must be bool of shape {list(self.keep[name].shape)}, but is "
+                    f"{mask.dtype} of shape {list(mask.shape)}. Was it made for a network of other widths?"
+                )
+        self.keep.update({name: mask.detach().cpu().clone() for name, mask in keep.items()})
+        self._by_device.clear()
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Number of kept units of each group."""
+        return {name: int(mask.sum()) for name, mask in self.keep.items()}
+
+    def off_entries(self) -> list[OffEntry]:
+        """Everything to hold at zero, at most one entry per tensor and dimension."""
+        positions: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
+        for name, group in self._groups.items():
+            for slot in group.off:
+                positions[slot.tensor, slot.dim].append(slot.positions(~self.keep[name]))
+        flat = {where: torch.unique(torch.cat(parts)) for where, parts in positions.items()}
+        return [OffEntry(tensor, dim, index) for (tensor, dim), index in flat.items() if len(index)]
+
+    def apply(self, tensors: Mapping[str, Tensor]) -> None:
+        """Switch the masked units off: zero their ``off`` slots in place.
+
+        Args:
+            tensors: Parameters and buffers of the network by full name.
+
+        Raises:
+            PruneError: If a tensor to be zeroed is missing.
+        """
+        for name in self._masked_names(tensors):
+            self._fill(name, tensors[name])
+
+    def apply_gradients(self, tensors: Mapping[str, Tensor]) -> None:
+        """Zero the gradients of what is masked; parameters without a gradient are passed over.
+
+        Args:
+            tensors: Parameters of the network by full name.
+
+        Raises:
+            PruneError: If a tensor to be zeroed is missing.
+        """
+        for name in self._masked_names(tensors):
+            if (gradient := tensors[name].grad) is not None:
+                self._fill(name, gradient)
+
+    def apply_optimizer_state(self, tensors: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> None:
+        """Zero what is masked in all optimizer state that has the shape of its parameter, such as momentum.
+
+        Args:
+            tensors: Parameters of the network by full name.
+            optimizers: The optimizers that may hold state for them.
+
+        Raises:
+            PruneError: If a tensor to be zeroed is missing.
+        """
+        optimizers = list(optimizers)
+        for name in self._masked_names(tensors):
+            parameter = tensors[name]
+            for state in (optimizer.state[parameter] for optimizer in optimizers if parameter in optimizer.state):
+                for value in state.values():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        self._fill(name, value)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The keep masks by group name."""
+        return {name: mask.clone() for name, mask in self.keep.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over masks saved by :meth:`state_dict`.
+
+        Raises:
+            ConfigurationError: If they belong to a network with other groups or widths; nothing is changed then.
+        """
+        missing = sorted(set(self.keep) - set(state))
+        if missing:
+            raise ConfigurationError(
+                f"the saved masks lack channel group(s) {', '.join(missing)}. Were they saved from another network?"
+            )
+        self.set(state)
+
+    def _on(self, device: torch.device) -> dict[str, list[OffEntry]]:
+        """The entries by tensor name, with positions on ``device``; worked out once after each change."""
+        if device not in self._by_device:
+            by_name: dict[str, list[OffEntry]] = defaultdict(list)
+            for entry in self.off_entries():
+                by_name[entry.tensor].append(entry._replace(positions=entry.positions.to(device)))
+            self._by_device[device] = dict(by_name)
+        return self._by_device[device]
+
+    def _masked_names(self, tensors: Mapping[str, Tensor]) -> Iterable[str]:
+        names = self._on(torch.device("cpu"))
+        if missing := [name for name in names if name not in tensors]:
+            raise PruneError(f"cannot mask {', '.join(missing)}: no such tensor. Were the masks made for this network?")
+        return names
+
+    def _fill(self, name: str, target: Tensor) -> None:
+        with torch.no_grad():
+            for entry in self._on(target.device)[name]:
+                target.index_fill_(entry.dim, entry.positions, 0)

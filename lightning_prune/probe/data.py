@@ -1,0 +1,86 @@
+"""Real training batches that are not taken from the loader in use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import CombinedLoader
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_prune.errors import TraceError
+
+
+class NoBatchError(TraceError):
+    """There is no real batch that could be had without touching the loader in use."""
+
+
+def copied(batch: Any) -> Any:
+    """The batch with its own tensors, so that a step which writes into its batch does no harm."""
+    with _disable_current_modes():  # no part of what a tracer should see
+        return batch.clone() if hasattr(batch, "clone") else apply_to_collection(batch, Tensor, torch.clone)
+
+
+def fresh_batches(trainer: Trainer, pl_module: LightningModule, count: int, seed: int) -> Iterator[Any]:
+    """Shuffled training batches of new loaders over the data of the training loaders, on the right device.
+
+    Args:
+        trainer: The Trainer in use.
+        pl_module: Its module.
+        count: How many at most; there are no more than one epoch has.
+        seed: Seed of the shuffling.
+
+    Raises:
+        NoBatchError: If there is no training loader, or one that only an iteration could read.
+    """
+    loaders, mode = _training_loaders(trainer, pl_module)
+    combined = CombinedLoader(loaders, mode)
+    combined.flattened = [_rebuilt(loader, seed) for loader in combined.flattened]
+    for batch, _, _ in islice(combined, count):
+        converted = trainer.precision_plugin.convert_input(batch)
+        prepared = pl_module._on_before_batch_transfer(converted, dataloader_idx=0)
+        yield trainer.strategy.batch_to_device(prepared, dataloader_idx=0)
+
+
+def _training_loaders(trainer: Trainer, pl_module: LightningModule) -> tuple[Any, Any]:
+    """The training loaders in the user's own arrangement, and how Lightning combines them."""
+    loaders: Any = trainer.train_dataloader
+    mode = getattr(getattr(trainer.fit_loop, "_combined_loader", None), "_mode", None)
+    if loaders is None:
+        source = pl_module if trainer.datamodule is None else trainer.datamodule  # type: ignore[attr-defined]
+        try:
+            loaders = source.train_dataloader()
+        except MisconfigurationException as error:
+            raise NoBatchError("the Trainer has no training loader yet") from error
+    if isinstance(loaders, CombinedLoader):
+        loaders, mode = loaders.iterables, loaders._mode
+    return loaders, mode or "max_size_cycle"
+
+
+def _rebuilt(loader: Any, seed: int) -> DataLoader[Any]:
+    if not isinstance(loader, DataLoader):
+        raise NoBatchError(f"the training loader is a {type(loader).__name__}, and reading it would move its position")
+    if isinstance(loader.dataset, IterableDataset):
+        raise NoBatchError(
+            f"the training data {type(loader.dataset).__name__} is iterable, and reading it would move its position"
+        )
+    if loader.batch_size is None and loader.batch_sampler is not None:
+        # A batch sampler of the user's own knows which samples may meet; its copy shares the data.
+        sampler = deepcopy(loader.batch_sampler, {id(loader.dataset): loader.dataset})
+        return DataLoader(loader.dataset, batch_sampler=sampler, collate_fn=loader.collate_fn)
+    return DataLoader(
+        loader.dataset,
+        batch_size=loader.batch_size,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(seed),
+        drop_last=loader.drop_last,
+        collate_fn=loader.collate_fn,
+    )

@@ -1,0 +1,5 @@
+"""Small networks to try pruning on, and ready configurations for the command line."""
+
+from lightning_prune.recipes.models import DigitsResNet, MultilayerPerceptron
+
+__all__ = ["DigitsResNet", "MultilayerPerceptron"]

@@ -1,0 +1,204 @@
+"""Integers that modules remember (``groups``, ``num_heads``, ...): found where they are used, solved, proven.
+
+While the shrunk network runs, every integer attribute of its modules is a :class:`Symbol`: an int that remembers the
+attribute it came from, through arithmetic. Where a function call does not reproduce the recorded program, the
+attributes among its arguments are the unknowns, and sizes that changed in that call are the candidates.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_prune.graph.analysis import Run
+from lightning_prune.graph.labels import user_line
+from lightning_prune.graph.program import is_observed, unobserved
+from lightning_prune.surgery.check import Checker
+
+_MAX_ATTEMPTS = 200
+
+
+class Setting(NamedTuple):
+    """One integer that a module remembers: an attribute, or one element of an attribute."""
+
+    module: str
+    attribute: str
+    element: int | None = None
+
+
+class Symbol(int):
+    """An int that knows from which settings it was computed, and how."""
+
+    settings: frozenset[Setting]
+    evaluate: Callable[[Mapping[Setting, int]], int]
+
+    @classmethod
+    def of(cls, setting: Setting, value: int) -> Symbol:
+        """The symbol of one setting."""
+        return cls._make(value, frozenset([setting]), lambda values: values.get(setting, value))
+
+    @classmethod
+    def _make(cls, value: int, settings: frozenset[Setting], evaluate: Callable[[Mapping[Setting, int]], int]) -> Symbol:
+        symbol = cls(value)
+        symbol.settings = settings
+        symbol.evaluate = evaluate
+        return symbol
+
+
+def _binary(function: Callable[[int, int], int], swapped: bool) -> Callable[[Symbol, Any], Any]:
+    def method(self: Symbol, other: Any) -> Any:
+        if not isinstance(other, int):
+            return NotImplemented
+        first, second = (other, self) if swapped else (self, other)
+        value = function(int(first), int(second))
+
+        def evaluate(values: Mapping[Setting, int]) -> int:
+            return function(resolve(first, values), resolve(second, values))
+
+        settings = self.settings | (other.settings if isinstance(other, Symbol) else frozenset())
+        return Symbol._make(value, settings, evaluate)
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod"):
+    setattr(Symbol, f"__{_name}__", _binary(getattr(operator, _name), False))
+    setattr(Symbol, f"__r{_name}__", _binary(getattr(operator, _name), True))
+
+
+def resolve(value: Any, values: Mapping[Setting, int]) -> Any:
+    """The plain value of a symbol under the given settings; anything else as it is."""
+    return value.evaluate(values) if isinstance(value, Symbol) else value
+
+
+class UnsolvedError(Exception):
+    """A call cannot reproduce the recorded program.
+
+    Args:
+        position: Index of the recorded event where it went wrong.
+        reason: What went wrong and in which line of the user's code.
+    """
+
+    def __init__(self, position: int, reason: str) -> None:
+        """See the class."""
+        super().__init__(reason)
+        self.position = position
+        self.reason = reason
+        self.run: Run | None = None
+
+
+class Solver(TorchFunctionMode):
+    """Watches every function call of the shrunk network and solves the settings among its arguments.
+
+    Args:
+        checker: Compares what is executed with the record.
+        values: Settings solved so far; new ones are added.
+        used: Settings that reached any function call; new ones are added.
+    """
+
+    def __init__(self, checker: Checker, values: dict[Setting, int], used: set[Setting]) -> None:
+        """See the class."""
+        super().__init__()
+        self.checker = checker
+        self.values = values
+        self.used = used
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one call, with other settings if it does not fit."""
+        if not is_observed():
+            return func(*args, **(kwargs or {}))
+        arguments = (args, kwargs or {})
+        settings = sorted(
+            set().union(*(leaf.settings for leaf in tree_leaves(arguments) if isinstance(leaf, Symbol))), key=str
+        )
+        self.used.update(settings)
+        start = self.checker.position
+        try:
+            return self._attempt(func, arguments, self.values, start)
+        except UnsolvedError:
+            raise
+        except Exception as error:
+            failed_at = self.checker.position
+            for guess in self._guesses(settings, start, failed_at):
+                try:
+                    result = self._attempt(func, arguments, {**self.values, **guess}, start)
+                except Exception:
+                    continue
+                self.values.update(guess)
+                return result
+            name = getattr(func, "__name__", str(func))
+            raise UnsolvedError(failed_at, f"{name} cannot follow a change of width: {error} ({user_line()})") from error
+
+    def _attempt(self, func: Any, arguments: Any, values: Mapping[Setting, int], start: int) -> Any:
+        self.checker.position = start
+        args, kwargs = tree_map(lambda leaf: resolve(leaf, values), arguments)
+        return func(*args, **kwargs)
+
+    def _guesses(self, settings: Sequence[Setting], start: int, failed_at: int) -> Iterator[dict[Setting, int]]:
+        """One setting at a time, then two; the values are sizes that changed here, and what follows from them."""
+        with unobserved():
+            changes = sorted(set().union(*(self.checker.changes(p) for p in range(start, failed_at + 2))))
+        options: dict[Setting, list[int]] = {}
+        for setting in settings:
+            value = self.values.get(setting)
+            if value is None:
+                continue
+            found = [new for old, new in changes if old == value]
+            found += [value * new // old for old, new in changes if value * new % old == 0]
+            found += [value - (old - new) for old, new in changes]
+            options[setting] = [v for v in dict.fromkeys(found) if v > 0 and v != value]
+        singles = [{s: v} for s, values in options.items() for v in values]
+        pairs = ({**a, **b} for a, b in itertools.combinations(singles, 2) if a.keys() != b.keys())
+        yield from itertools.islice(itertools.chain(singles, pairs), _MAX_ATTEMPTS)
+
+
+def integer_settings(model: nn.Module) -> dict[Setting, int]:
+    """Every integer (and every integer in a tuple or list) that a module holds as an attribute."""
+    found = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if type(value) is int:
+                found[Setting(path, name)] = value
+            elif isinstance(value, (tuple, list)):
+                for i, item in enumerate(value):
+                    if type(item) is int:
+                        found[Setting(path, name, i)] = item
+    return found
+
+
+def write_settings(model: nn.Module, values: Mapping[Setting, int]) -> None:
+    """Store integers as the attributes (or elements of attributes) they belong to."""
+    modules = dict(model.named_modules())
+    for setting, value in values.items():
+        attributes = vars(modules[setting.module])
+        if setting.element is None:
+            attributes[setting.attribute] = value
+            continue
+        old = attributes[setting.attribute]
+        items = list(old)
+        items[setting.element] = value
+        attributes[setting.attribute] = items if isinstance(old, list) else _like(old, items)
+
+
+def _like(old: Sequence[Any], items: list[Any]) -> Any:
+    return type(old)(*items) if hasattr(old, "_fields") else type(old)(items)
+
+
+@contextmanager
+def symbolic(model: nn.Module, settings: Mapping[Setting, int]) -> Iterator[None]:
+    """Replace integer attributes by symbols for a while; restores the very objects that were there."""
+    modules = dict(model.named_modules())
+    before = {(s.module, s.attribute): vars(modules[s.module])[s.attribute] for s in settings}
+    write_settings(model, {setting: Symbol.of(setting, value) for setting, value in settings.items()})
+    try:
+        yield
+    finally:
+        for (path, attribute), value in before.items():
+            vars(modules[path])[attribute] = value

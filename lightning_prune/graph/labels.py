@@ -197,12 +197,13 @@ def reshape_ids(ids: Tensor, shape_in: Sequence[int], shape_out: Sequence[int]) 
     return compact(ids.expand(expanded).reshape(pieces))
 
 
-def settle(space: LabelSpace, plane: Plane, dims: Iterable[int], reason: str | None) -> Plane:
-    """Make a plane constant along some dimensions: tie it there, or freeze it if it varies nowhere else."""
-    inside = [d for d in dims if plane.ids.shape[d] > 1]
-    if not inside:
-        return plane
-    if len(inside) == len(plane.dims):
-        space.freeze(plane.ids, reason)
-        return plane
-    return Plane(space.tie(plane.ids, inside), plane.zero)
+def settle(space: LabelSpace, planes: Iterable[Plane], dims: Iterable[int], reason: str | None) -> tuple[Plane, ...]:
+    """Make planes constant along some dimensions: tie them there; freeze and drop those that vary nowhere else."""
+    settled, dims = [], tuple(dims)
+    for plane in planes:
+        inside = [d for d in dims if plane.ids.shape[d] > 1]
+        if inside and len(inside) == len(plane.dims):
+            space.freeze(plane.ids, reason)
+        else:
+            settled.append(Plane(space.tie(plane.ids, inside), plane.zero))
+    return tuple(settled)

@@ -248,7 +248,7 @@ class Probe:
 
     def _gradients_of(self, batch: Any, seed: int) -> dict[str, Tensor]:
         wanted = {name: parameter for name, parameter in self._module.named_parameters() if parameter.requires_grad}
-        backward = LocalBackward(wanted.values()) if False else nullcontext()
+        backward = LocalBackward(wanted.values()) if self._is_distributed() else nullcontext()
         with self._sandbox("training_step (gradients)", True, seed=seed) as record, torch.enable_grad(), backward:
             returned = self._training_step(copied(batch))
             if self._module.automatic_optimization:

@@ -102,7 +102,7 @@ def sandbox(trainer: Trainer | None, pl_module: LightningModule, training: bool,
             stack.enter_context(preserved(pl_module, None if training and pl_module.training else training))
             stack.callback(_restorer_of_requires_grad(pl_module))
             stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            pass
             _silence_module(pl_module, record)
             _watch_outputs(stack, pl_module, record)
             if trainer is not None:

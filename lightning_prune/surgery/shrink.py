@@ -41,10 +41,12 @@ class Shrunk:
 
     Attributes:
         settings: Integer attributes that were rewritten, with their new values.
+        cuts: What was read of which tensors.
         error: Largest difference to the masked network's outputs, relative to their largest value; None if not verified.
     """
 
     settings: Mapping[Setting, int] = field(default_factory=dict)
+    cuts: Mapping[str, Sequence[Cut]] = field(default_factory=dict)
     error: float | None = None
 
 
@@ -81,6 +83,8 @@ def trace_programs(model: nn.Module, programs: Sequence[Program]) -> ChannelGrap
     while analysis.groups:
         kept = {name: _trial_units(units, i) for i, (name, units) in enumerate(analysis.units.items())}
         keep = {name: units for name, units in kept.items() if len(units) < len(analysis.units[name])}
+        if not keep:
+            break
         try:
             with _cut(model, analysis.graph(), keep) as transaction:
                 transaction.prove()
@@ -294,7 +298,27 @@ def shrink(
             f"cutting {', '.join(culprits)} is not exact: {problem}. Nothing was changed. Exclude "
             f"{'this group' if len(culprits) == 1 else 'these groups'}, or report the model"
         ) from problem
-    return Shrunk(transaction.settings, error)
+    return Shrunk(transaction.settings, transaction.cuts, error)
+
+
+@contextmanager
+def resized(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run the network for a while with only some of its units; afterwards it is as it was.
+
+    Raises:
+        ShrinkError: If the network cannot follow.
+    """
+    units = _checked(graph, keep)
+    if not units:
+        yield
+        return
+    try:
+        with _cut(model, graph, units) as transaction:
+            transaction.prove()
+            yield
+            transaction.undo()
+    except UnsolvedError as problem:
+        raise ShrinkError(f"the network cannot be run at these widths: {problem}") from problem
 
 
 def _culprits(model: nn.Module, graph: ChannelGraph, units: Mapping[str, Tensor]) -> list[str]:

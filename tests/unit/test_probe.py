@@ -514,6 +514,7 @@ def test_failing_step_is_named_and_leaves_no_trace():
         def training_step(self, batch, batch_idx):
             super().training_step(batch, batch_idx)
             if self.trainer.global_step == 0 and not self.training:
+                self.net[0].requires_grad_(False)
                 raise KeyError("boom")
             return cross_entropy(self.net(batch[0]), batch[1])
 
@@ -528,6 +529,7 @@ def test_failing_step_is_named_and_leaves_no_trace():
         assert vars(pl_module).keys() == attributes.keys()
         assert all(vars(pl_module)[key] is value for key, value in attributes.items())
         assert pl_module.losses == []
+        assert all(parameter.requires_grad for parameter in pl_module.parameters())
         assert trainer.loggers == [logger]
         assert logger.rows == []
         assert_identical(dict(pl_module.state_dict()), weights)
@@ -561,7 +563,7 @@ def test_batch_norm_is_reestimated_from_one_batch():
             self.unreached = nn.BatchNorm1d(6)
 
         def training_step(self, batch):
-            return self.frozen(self.norm(batch[0])).square().mean()
+            return self.norm(self.frozen(batch[0])).square().mean()
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.0)
@@ -575,14 +577,41 @@ def test_batch_norm_is_reestimated_from_one_batch():
 
     data = digits(12)
     state, momentum = in_fit(Normed(), DataLoader(data, batch_size=12), action)
-    x = data.tensors[0]
-    assert torch.allclose(state["norm.running_mean"], x.sum(0) / 12, atol=1e-6)
-    assert torch.allclose(state["norm.running_var"], ((x - x.sum(0) / 12) ** 2).sum(0) / 11, atol=1e-6)
+    x = data.tensors[0] - 3  # what the frozen one lets through
+    assert torch.allclose(state["norm.running_mean"], x.sum(0) / 12, atol=1e-4)
+    assert torch.allclose(state["norm.running_var"], ((x - x.sum(0) / 12) ** 2).sum(0) / 11, atol=1e-4)
     assert state["norm.num_batches_tracked"] == 5
     assert momentum == 0.1
     for name in ("frozen", "unreached"):
         assert torch.equal(state[f"{name}.running_mean"], torch.full((6,), 3.0))
         assert torch.equal(state[f"{name}.running_var"], torch.ones(6))
+
+
+def test_train_mode_is_the_mode_of_training_whatever_mode_is_on_now():
+    modes = []
+
+    class Frozen(Regression):
+        def training_step(self, batch):
+            modes.append((self.training, self.layer.training, self.frozen.training))
+            return super().training_step(batch)
+
+    module = Frozen()
+    module.frozen.eval()
+
+    def action(probe, trainer, pl_module):
+        evaluation, train = probe.programs()
+        evaluation.run()
+        train.run()
+        with torch.inference_mode():  # as within validation
+            assert next(probe.gradients(1))["layer.weight"].abs().sum() > 0
+        pl_module.eval()
+        train.run()
+        pl_module.train()
+        pl_module.frozen.eval()
+        return list(modes)
+
+    found = in_fit(module, DataLoader(Pairs()), action)
+    assert found == [(False, False, False), (True, True, False), (True, True, False), (True, True, True)]
 
 
 def test_batch_norm_averages_over_batches():
@@ -694,7 +723,7 @@ def test_compiled_network_is_watched_and_gives_the_same():
             return torch.optim.SGD(self.parameters(), lr=0.0)
 
     def action(probe, trainer, pl_module):
-        pl_module.training_step(probe.batches(1)[0])  # compiled before the watching hooks come
+        probe.programs()[0].run()  # without care it would be compiled now, before the hook comes
         seen = []
         handle = pl_module.net._orig_mod[0].register_forward_hook(lambda *_: seen.append(1))
         run = probe.programs()[0].run()

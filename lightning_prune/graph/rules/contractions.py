@@ -103,14 +103,10 @@ def convolution(call: Call) -> list[Planes]:
     per_group_out = columns if transposed else rows // groups
 
     def joint_data(plane: Plane) -> Plane:
-        plane = settle(call.space, plane, spatial, "varies over the image")
         flat = plane.ids.reshape(plane.ids.shape[:2])
         return Plane(reshape_ids(flat, (batch, channels), (batch, groups, 1, per_group_in)), plane.zero)
 
-    def joint_weight(plane: Plane) -> Plane | None:
-        plane = settle(call.space, plane, kernel, None)
-        if any(plane.ids.shape[d] > 1 for d in kernel):
-            return None
+    def joint_weight(plane: Plane) -> Plane:
         flat = plane.ids.reshape(plane.ids.shape[:2])
         if transposed:
             ids = reshape_ids(flat, (rows, columns), (groups, per_group_in, per_group_out)).transpose(1, 2)
@@ -118,8 +114,8 @@ def convolution(call: Call) -> list[Planes]:
             ids = reshape_ids(flat, (rows, columns), (groups, per_group_out, columns))
         return Plane(ids.unsqueeze(0), plane.zero)
 
-    image = tuple(p for p in map(joint_data, call.planes(data)) if p.dims)
-    filters = tuple(p for p in map(joint_weight, call.planes(weight)) if p is not None)
+    image = tuple(map(joint_data, settle(call.space, call.planes(data), spatial, "varies over the image")))
+    filters = tuple(map(joint_weight, settle(call.space, call.planes(weight), kernel, None)))
     a = Labelled((batch, groups, 1, per_group_in), image)
     b = Labelled((1, groups, per_group_out, per_group_in), filters)
     call.witness(a.shape, a.planes)

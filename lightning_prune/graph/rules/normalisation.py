@@ -8,6 +8,8 @@ from lightning_prune.graph.labels import Plane, reshape_ids, settle
 from lightning_prune.graph.rules.pointwise import mark, merge
 from lightning_prune.graph.tracer import Call, Labelled, Planes, Rule
 
+_STATISTICS = "is normalised over (its mean and variance)"
+
 
 def _affine(call: Call, planes: Planes, shape: tuple[int, ...], extra: dict[str, Tensor | None]) -> Planes:
     """Merge the input with the per-channel vectors laid along the dimensions of ``shape``."""
@@ -41,7 +43,7 @@ def batch_norm(call: Call) -> list[Planes]:
     planes = call.planes(data)
     if live or vectors["running_mean"] is None:
         others = [d for d in range(data.dim()) if d != 1]
-        planes = tuple(settle(call.space, p, others, "is normalised over by live statistics") for p in planes)
+        planes = settle(call.space, planes, others, "is normalised over by live statistics")
     shape = tuple(n if d == 1 else 1 for d, n in enumerate(data.shape))
     merged = _affine(call, planes, shape, vectors)
     channels = tuple(Plane(p.ids.flatten(), False) for p in merged if p.dims == (1,))
@@ -54,11 +56,10 @@ def layer_norm(call: Call) -> list[Planes]:
     data, normalised = call.tensors[0], len(call.arguments["normalized_shape"])
     call.sizes.add("normalized_shape")
     inner = range(data.dim() - normalised, data.dim())
-    planes = tuple(settle(call.space, p, inner, "is normalised over (its mean and variance)") for p in call.planes(data))
+    planes = settle(call.space, call.planes(data), inner, _STATISTICS)
     vectors = {key: call.arguments.get(key) for key in ("weight", "bias")}
     merged = _affine(call, planes, tuple(data.shape[-normalised:]), vectors)
-    statistics = tuple(p for p in planes if not any(p.ids.shape[d] > 1 for d in inner))
-    return [merged, *[statistics for _ in call.outputs[1:]]]
+    return [merged, *[planes for _ in call.outputs[1:]]]
 
 
 def group_norm(call: Call) -> list[Planes]:
@@ -68,16 +69,14 @@ def group_norm(call: Call) -> list[Planes]:
     batch, channels = data.shape[:2]
     inner = (batch, groups, channels // groups)
     ones = (1,) * (data.dim() - 2)
+    flat = settle(call.space, call.planes(data), range(2, data.dim()), "varies over the image")
+    split = (Plane(reshape_ids(p.ids.reshape(p.ids.shape[:2]), (batch, channels), inner), p.zero) for p in flat)
+    whole = settle(call.space, split, (2,), _STATISTICS)
+    call.witness(inner, whole)
     planes = []
-    for plane in call.planes(data):
-        plane = settle(call.space, plane, range(2, data.dim()), "varies over the image")
-        ids = reshape_ids(plane.ids.reshape(plane.ids.shape[:2]), (batch, channels), inner)
-        whole = settle(call.space, Plane(ids, plane.zero), (2,), "is normalised over (its mean and variance)")
-        call.witness(inner, (whole,))
-        flat = reshape_ids(whole.ids, inner, (batch, channels))
-        planes.append(Plane(flat.reshape(*flat.shape, *ones), plane.zero))
-    if not planes:
-        call.witness(inner, ())
+    for plane in whole:
+        ids = reshape_ids(plane.ids, inner, (batch, channels))
+        planes.append(Plane(ids.reshape(*ids.shape, *ones), plane.zero))
     vectors = {key: call.arguments.get(key) for key in ("weight", "bias")}
     return [_affine(call, tuple(planes), (1, channels, *ones), vectors), *[() for _ in call.outputs[1:]]]
 

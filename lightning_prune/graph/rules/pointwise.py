@@ -140,6 +140,7 @@ def mark(space: LabelSpace, role: str, planes: Iterable[Plane]) -> None:
 _MORE = (
     "copy", "where", "fill", "zero", "masked_fill", "bernoulli", "normal", "uniform", "exponential", "native_dropout",
     "threshold", "hardtanh", "clamp", "lerp", "addcmul", "addcdiv", "nan_to_num", "prelu", "_prelu_kernel", "gelu",
-    "rrelu_with_noise", "_to_copy",
+    "rrelu_with_noise", "_to_copy", "hardswish", "hardsigmoid", "relu6", "mish", "silu", "elu", "selu", "celu",
+    "leaky_relu", "softplus", "softshrink", "hardshrink", "tanhshrink", "log_sigmoid_forward", "logit",
 )  # fmt: skip
 RULES: dict[str, Rule] = dict.fromkeys(_MORE, pointwise)

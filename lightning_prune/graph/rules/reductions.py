@@ -63,9 +63,8 @@ def along(call: Call) -> list[Planes]:
     """Softmax, sorting, cumulative sums: positions along one dimension depend on each other."""
     source = call.tensors[0]
     dims = _dims(call, source)
-    planes = tuple(
-        Plane(settle(call.space, p, dims, f"is mixed along by {call.name}").ids, False) for p in call.planes(source)
-    )
+    settled = settle(call.space, call.planes(source), dims, f"is mixed along by {call.name}")
+    planes = tuple(Plane(plane.ids, False) for plane in settled)
     return [planes for _ in call.outputs]
 
 
@@ -83,7 +82,7 @@ def spatial(call: Call) -> list[Planes]:
     """Pooling and resizing work on each channel by itself."""
     source = call.tensors[0]
     last: Sequence[int] = range(source.dim() - _spatial_dims(call.name), source.dim())
-    planes = tuple(settle(call.space, p, last, "varies over the image") for p in call.planes(source))
+    planes = settle(call.space, call.planes(source), last, "varies over the image")
     for other in call.tensors[1:]:
         for plane in call.planes(other):
             call.space.freeze(plane.ids, "steers a resampling")

@@ -65,11 +65,9 @@ def narrow_reads(call: Call) -> list[Planes]:
     """Single positions along a dimension: what is picked by its number cannot move."""
     source = _source(call)
     dim = _dim(call, source.dim())
-    result = []
-    for plane in call.planes(source):
-        settled = settle(call.space, plane, (dim,), "single channels are picked by their number")
-        result.append(Plane(settled.ids.narrow(dim, 0, 1).squeeze(dim), settled.zero))
-    return [tuple(result) for _ in call.outputs]
+    settled = settle(call.space, call.planes(source), (dim,), "single channels are picked by their number")
+    planes = tuple(Plane(plane.ids.squeeze(dim), plane.zero) for plane in settled)
+    return [planes for _ in call.outputs]
 
 
 def split(call: Call) -> list[Planes]:
@@ -77,16 +75,17 @@ def split(call: Call) -> list[Planes]:
     source = _source(call)
     dim = _dim(call, source.dim())
     lengths = [output.shape[dim] for output in call.outputs]
+    planes = call.planes(source)
+    if len(set(lengths)) == 1:
+        cut = (len(lengths), lengths[0])
+        shape = (*source.shape[:dim], *cut, *source.shape[dim + 1 :])
+        whole = (1, 1)
+        cuts = (Plane(p.ids.unflatten(dim, cut if p.ids.shape[dim] > 1 else whole), p.zero) for p in planes)
+        call.witness(shape, tuple(cuts))
     results: list[list[Plane]] = [[] for _ in lengths]
-    for plane in call.planes(source):
-        if plane.ids.shape[dim] == 1:
-            pieces: Sequence[Tensor] = [plane.ids] * len(lengths)
-        else:
-            pieces = plane.ids.split(lengths, dim)
-            if len(lengths) > 1 and len(set(lengths)) == 1:
-                cut = (len(lengths), lengths[0])
-                shape = (*source.shape[:dim], *cut, *source.shape[dim + 1 :])
-                call.witness(shape, (Plane(plane.ids.unflatten(dim, cut), plane.zero),))
+    for plane in planes:
+        varies = plane.ids.shape[dim] > 1
+        pieces: Sequence[Tensor] = plane.ids.split(lengths, dim) if varies else [plane.ids] * len(lengths)
         for result, piece in zip(results, pieces, strict=True):
             result.append(Plane(compact(piece), plane.zero))
     return [tuple(result) for result in results]
@@ -154,8 +153,7 @@ def index(call: Call) -> list[Planes]:
     source, indices = _source(call), list(call.arguments["indices"])
     indexed = [d for d, positions in enumerate(indices) if positions is not None]
     result = []
-    for plane in call.planes(source):
-        plane = settle(call.space, plane, indexed, "channels are picked by an index tensor")
+    for plane in settle(call.space, call.planes(source), indexed, "channels are picked by an index tensor"):
         shape = [n if d in indexed else plane.ids.shape[d] for d, n in enumerate(source.shape)]
         result.append(Plane(compact(call.function(plane.ids.expand(shape), indices)), plane.zero))
     return [tuple(result)]
@@ -166,12 +164,11 @@ def index_along(call: Call) -> list[Planes]:
     source, target = _source(call), call.outputs[0]
     dim = _dim(call, source.dim()) if "dim" in call.arguments else 0
     result = []
-    for plane in call.planes(source):
-        plane = settle(call.space, plane, (dim,), "rows are picked by an index tensor")
+    for plane in settle(call.space, call.planes(source), (dim,), "rows are picked by an index tensor"):
         lead = [1] * (target.dim() - source.dim() + 1)
         ids = plane.ids
         shape = (*ids.shape[:dim], *lead, *ids.shape[dim + 1 :])
-        result.append(Plane(ids.narrow(dim, 0, 1).reshape(shape), plane.zero))
+        result.append(Plane(ids.reshape(shape), plane.zero))
     return [tuple(result)]
 
 

@@ -15,12 +15,12 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import _disable_current_modes
 
+from lightning_prune.cost import measure_latency
 from lightning_prune.errors import PruneError, TraceError
-from lightning_prune.graph.program import Program
+from lightning_prune.graph.program import Program, unobserved
 from lightning_prune.probe.backward import LocalBackward, NoBackward
-from lightning_prune.probe.data import NoBatchError, copied, fresh_batches
+from lightning_prune.probe.data import NoBatchError, copied, fresh_batches, sample_count
 from lightning_prune.probe.sandbox import Record, sandbox, seed_everywhere
 
 SEED = 20
@@ -148,6 +148,20 @@ class Probe:
         for number, batch in enumerate(self.batches(count)):
             yield self._gradients_of(batch, SEED + number)
 
+    def latency(self, repeats: int = 30) -> float:
+        """Measured time in seconds of one run in evaluation mode, on the batch of :meth:`programs`; a median.
+
+        Args:
+            repeats: Number of timed runs.
+
+        Raises:
+            TraceError: If the user's code fails.
+        """
+        has_example = self._module.example_input_array is not None
+        batch = None if has_example else copied(self._fixed_batch())
+        with self._sandbox("latency", False) as record, torch.no_grad(), NoBackward(record.losses):
+            return measure_latency(lambda: self._forward() if has_example else self._training_step(batch), repeats)
+
     def reestimate_batch_norm(self, count: int) -> None:
         """Replace the running statistics of batch-norms by the plain average over real batches.
 
@@ -208,12 +222,13 @@ class Probe:
         return self._fixed[0]
 
     def _step_program(self, batch: Any, training: bool) -> Program:
-        return self._program("training_step", training, lambda: self._training_step(copied(batch)), _STEP_REMEDY)
+        return self._program("training_step", training, lambda: self._training_step(copied(batch)), batch, _STEP_REMEDY)
 
     def _forward_program(self, training: bool) -> Program:
-        return self._program("forward", training, self._forward, _EXAMPLE_REMEDY)
+        example = self._module.example_input_array
+        return self._program("forward", training, self._forward, example, _EXAMPLE_REMEDY)
 
-    def _program(self, what: str, training: bool, call: Callable[[], Any], remedy: str) -> Program:
+    def _program(self, what: str, training: bool, call: Callable[[], Any], data: Any, remedy: str) -> Program:
         name = f"{what} ({'train' if training else 'evaluation'} mode)"
 
         def run() -> dict[str, Any]:
@@ -222,7 +237,7 @@ class Probe:
             handed_out = {"return": returned, "log": record.logged, "backward": record.losses}
             return {**handed_out, "outputs": record.outputs}
 
-        return Program(name, run, training)
+        return Program(name, run, training, sample_count(data))
 
     def _training_step(self, batch: Any) -> Any:
         takes_index = is_param_in_hook_signature(self._module.training_step, "batch_idx", min_args=2)
@@ -231,7 +246,7 @@ class Probe:
 
     def _forward(self) -> Any:
         example: Any = self._module.example_input_array
-        with _disable_current_modes():
+        with unobserved():
             example = copied(move_data_to_device(example, self._module.device))
             if self._trainer is not None:
                 example = self._trainer.precision_plugin.convert_input(example)

@@ -16,11 +16,10 @@ from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import _disable_current_modes
 from torchmetrics import Metric, MetricCollection
 
 from lightning_prune.errors import TraceError
-from lightning_prune.graph.program import preserved
+from lightning_prune.graph.program import preserved, unobserved
 from lightning_prune.probe.snapshot import Snapshot
 
 
@@ -96,13 +95,13 @@ def sandbox(trainer: Trainer | None, pl_module: LightningModule, training: bool,
     record = Record()
     stack = ExitStack()
     try:
-        with _disable_current_modes():  # a tracer that runs a program should see the program, not this
+        with unobserved():
             stack.callback(Snapshot(pl_module).restore)
             stack.enter_context(isolate_rng())
             stack.enter_context(preserved(pl_module, None if training and pl_module.training else training))
             stack.callback(_restorer_of_requires_grad(pl_module))
             stack.enter_context(torch.inference_mode(False))
-            pass
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             _silence_module(pl_module, record)
             _watch_outputs(stack, pl_module, record)
             if trainer is not None:
@@ -110,7 +109,7 @@ def sandbox(trainer: Trainer | None, pl_module: LightningModule, training: bool,
             seed_everywhere(seed)
         yield record
     finally:
-        with _disable_current_modes():
+        with unobserved():
             stack.close()
 
 

@@ -6,33 +6,20 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from lightning_prune.errors import ConfigurationError, ShrinkError
 from lightning_prune.graph.analysis import Analysis
 from lightning_prune.graph.channels import ChannelGraph
-from lightning_prune.graph.labels import SOLID
 from lightning_prune.graph.program import Program, module_programs
-from lightning_prune.graph.tracer import run_traced
-from lightning_prune.surgery.attributes import (
-    Setting,
-    Solver,
-    UnsolvedError,
-    integer_settings,
-    symbolic,
-    write_settings,
-)
-from lightning_prune.surgery.check import Checker, Expectation
-from lightning_prune.surgery.constructors import described_settings
-from lightning_prune.surgery.resize import Cut, Saved, plan_cuts, replace, resize, resize_optimizers, restore
-
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+from lightning_prune.surgery.attributes import Setting, UnsolvedError
+from lightning_prune.surgery.resize import Cut, resize_optimizers
+from lightning_prune.surgery.transaction import applied, kept_labels
+from lightning_prune.surgery.verify import largest_difference, masked_outputs, outputs
 
 
 @dataclass(frozen=True)
@@ -41,8 +28,9 @@ class Shrunk:
 
     Attributes:
         settings: Integer attributes that were rewritten, with their new values.
-        cuts: What was read of which tensors.
-        error: Largest difference to the masked network's outputs, relative to their largest value; None if not verified.
+        cuts: What was cut, by full tensor name; the same cuts resize a copy of the network (an average of its weights).
+        error: Largest difference to the masked network's outputs, relative to their largest value; None if it was not
+            verified.
     """
 
     settings: Mapping[Setting, int] = field(default_factory=dict)
@@ -55,7 +43,8 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any] | Mapping[str
 
     Args:
         model: Any module. It is left as it was.
-        example_inputs: One tensor, a sequence of positional arguments or a mapping of keyword arguments for ``forward``.
+        example_inputs: One tensor, a sequence of positional arguments or a mapping of keyword arguments of
+            ``forward``.
 
     Returns:
         The groups that can be cut, each proven by a trial cut that was undone, and what stays whole and why.
@@ -86,7 +75,7 @@ def trace_programs(model: nn.Module, programs: Sequence[Program]) -> ChannelGrap
         if not keep:
             break
         try:
-            with _cut(model, analysis.graph(), keep) as transaction:
+            with applied(model, analysis.graph(), keep) as transaction:
                 transaction.prove()
                 transaction.undo()
         except UnsolvedError as problem:
@@ -101,12 +90,12 @@ def _trial_units(units: Tensor, number: int) -> Tensor:
     share = (2, 3, 4)[number % 3]
     index = torch.arange(len(units))
     kept = index[index % share != share - 1]
-    return kept if 0 < len(kept) else index
+    return kept if len(kept) > 0 else index
 
 
 def _refuse(analysis: Analysis, problem: UnsolvedError, keep: Mapping[str, Tensor]) -> None:
     """Keep whole what reached the call that could not follow, or everything if nothing cut reached it."""
-    kept = _kept_labels(analysis, keep)
+    kept = kept_labels(analysis, keep)
     for run in analysis.runs if problem.run is None else [problem.run]:
         nearby = run.events[max(problem.position - 1, 0) : problem.position + 1]
         for event in reversed(nearby):
@@ -116,128 +105,6 @@ def _refuse(analysis: Analysis, problem: UnsolvedError, keep: Mapping[str, Tenso
                 analysis.freeze(torch.cat(cut), problem.reason)
                 return
     analysis.freeze(torch.cat([analysis.units[name] for name in keep]), problem.reason)
-
-
-def _kept_labels(analysis: Analysis, keep: Mapping[str, Tensor]) -> Tensor:
-    kept = torch.ones(analysis.space.count, dtype=torch.bool)
-    for name, units in keep.items():
-        kept[analysis.units[name]] = False
-        kept[analysis.units[name][units]] = True
-    kept[SOLID] = True
-    return kept
-
-
-class _Transaction:
-    """A cut that was applied and can be undone."""
-
-    def __init__(self, model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor]) -> None:
-        assert graph.evidence is not None
-        self.model, self.analysis = model, graph.evidence
-        self.tensors = self.analysis.tensors
-        self.kept = _kept_labels(self.analysis, keep)
-        self.cuts: dict[str, list[Cut]] = plan_cuts(graph, keep)
-        self.original = integer_settings(model)
-        self.before = {name: tuple(self.tensors[name].shape) for name in self.cuts}
-        self.saved: list[Saved] = resize(self.tensors, self.cuts)
-        self.settings: dict[Setting, int] = {}
-
-    def prove(self) -> None:
-        """Run every program on the cut network; it must do what was recorded, less what was removed.
-
-        Raises:
-            UnsolvedError: If it does not.
-        """
-        values = {**self.original, **described_settings(self.model, self.before, {})}
-        used: set[Setting] = set()
-        write_settings(self.model, values)
-        expectation = Expectation(self.analysis, self.kept)
-        for run in self.analysis.runs:
-            checker = Checker(expectation, run)
-            try:
-                with symbolic(self.model, values), Solver(checker, values, used):
-                    run_traced(run.program, checker)
-                if checker.position != len(run.events):
-                    raise UnsolvedError(checker.position, "the network stopped early")
-            except UnsolvedError as problem:
-                problem.run = run
-                raise
-            except Exception as error:
-                problem = UnsolvedError(checker.position, f"{run.program.name} failed after the cut: {error}")
-                problem.run = run
-                raise problem from error
-        known = {s: Fraction(values[s], self.original[s]) for s in used if self.original[s] != 0}
-        values.update(described_settings(self.model, self.before, known))
-        write_settings(self.model, values)
-        self.settings = {s: value for s, value in values.items() if value != self.original[s]}
-
-    def undo(self) -> None:
-        """Put everything back."""
-        restore(self.saved)
-        write_settings(self.model, self.original)
-
-
-@contextmanager
-def _cut(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor]) -> Iterator[_Transaction]:
-    """Apply a cut; whatever is raised inside undoes it."""
-    transaction = _Transaction(model, graph, keep)
-    try:
-        yield transaction
-    except BaseException:
-        transaction.undo()
-        raise
-
-
-def _outputs(analysis: Analysis) -> list[tuple[str, Tensor]]:
-    """What the evaluation programs hand out now."""
-    results = []
-    for run in analysis.runs:
-        if not run.program.training:
-            tensors = [leaf for leaf in tree_leaves(run.program.run()) if isinstance(leaf, Tensor)]
-            results += [(run.program.name, tensor.detach().clone()) for tensor in tensors]
-    return results
-
-
-def _masked_outputs(graph: ChannelGraph, keep: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """Outputs of the full network with the removed units switched off."""
-    assert graph.evidence is not None
-    tensors, values = graph.evidence.tensors, {}
-    for name, units in keep.items():
-        group = graph.groups[name]
-        off = torch.ones(group.width, dtype=torch.bool)
-        off[units] = False
-        for slot in group.off:
-            value = values.setdefault(slot.tensor, tensors[slot.tensor].detach().clone())
-            value.index_fill_(slot.dim, slot.positions(off).to(value.device), 0)
-    saved = [Saved(tensors[name], tensors[name].detach(), tensors[name].grad) for name in values]
-    try:
-        for name, value in values.items():
-            replace(tensors[name], value)
-        return _outputs(graph.evidence)
-    finally:
-        restore(saved)
-
-
-def _difference(expected: Tensor, found: Tensor) -> float:
-    """Largest difference relative to the largest value; infinite where one is NaN and the other is not."""
-    if expected.numel() == 0 or not (expected.is_floating_point() or expected.is_complex()):
-        return 0.0
-    a, b = expected.double(), found.double()
-    if not torch.equal(a.isfinite(), b.isfinite()):
-        return float("inf")
-    a, b = a[a.isfinite()], b[b.isfinite()]
-    scale = float(a.abs().max()) if a.numel() else 0.0
-    return float((a - b).abs().max()) / scale if scale > 0 else float(b.abs().max()) if b.numel() else 0.0
-
-
-def _largest_difference(expected: list[tuple[str, Tensor]], found: list[tuple[str, Tensor]]) -> tuple[float, float]:
-    """Largest relative difference, and the tolerance for the data type it was found in."""
-    worst, tolerance = 0.0, _TOLERANCE[torch.float32]
-    for (_, a), (_, b) in zip(expected, found, strict=True):
-        if a.shape == b.shape:
-            difference, allowed = _difference(a, b), _TOLERANCE.get(a.dtype, 1e-4)
-            if difference / allowed > worst / tolerance:
-                worst, tolerance = difference, allowed
-    return worst, tolerance
 
 
 def shrink(
@@ -280,13 +147,13 @@ def shrink(
     if not units:
         return Shrunk()
     assert graph.evidence is not None
-    expected = _masked_outputs(graph, units) if verify else []
+    expected = masked_outputs(graph, units) if verify else []
     error = None
     try:
-        with _cut(model, graph, units) as transaction:
+        with applied(model, graph, units) as transaction:
             transaction.prove()
             if verify:
-                error, tolerance = _largest_difference(expected, _outputs(graph.evidence))
+                error, tolerance = largest_difference(expected, outputs(graph.evidence))
                 if not error <= tolerance:
                     raise ShrinkError(
                         f"the shrunk network differs from the masked one by {error:.2g} of the largest output"
@@ -303,22 +170,28 @@ def shrink(
 
 @contextmanager
 def resized(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor]) -> Iterator[None]:
-    """Run the network for a while with only some of its units; afterwards it is as it was.
+    """Inside, the network has only the kept units; afterwards it is as it was. For measuring what a cut would bring.
+
+    Args:
+        model: The network that was traced.
+        graph: Its channel graph.
+        keep: As for :func:`shrink`.
 
     Raises:
-        ShrinkError: If the network cannot follow.
+        ConfigurationError: As for :func:`shrink`.
+        ShrinkError: If the network cannot be run with these widths.
     """
     units = _checked(graph, keep)
     if not units:
         yield
         return
-    try:
-        with _cut(model, graph, units) as transaction:
+    with applied(model, graph, units) as transaction:
+        try:
             transaction.prove()
-            yield
-            transaction.undo()
-    except UnsolvedError as problem:
-        raise ShrinkError(f"the network cannot be run at these widths: {problem}") from problem
+        except UnsolvedError as problem:
+            raise ShrinkError(f"the network cannot be run with these widths: {problem}") from problem
+        yield
+        transaction.undo()
 
 
 def _culprits(model: nn.Module, graph: ChannelGraph, units: Mapping[str, Tensor]) -> list[str]:
@@ -327,11 +200,11 @@ def _culprits(model: nn.Module, graph: ChannelGraph, units: Mapping[str, Tensor]
     found = []
     for name in units if len(units) > 1 else ():
         alone = {name: units[name]}
-        expected = _masked_outputs(graph, alone)
+        expected = masked_outputs(graph, alone)
         try:
-            with _cut(model, graph, alone) as transaction:
+            with applied(model, graph, alone) as transaction:
                 transaction.prove()
-                error, tolerance = _largest_difference(expected, _outputs(graph.evidence))
+                error, tolerance = largest_difference(expected, outputs(graph.evidence))
                 transaction.undo()
             if not error <= tolerance:
                 found.append(name)

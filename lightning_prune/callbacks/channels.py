@@ -1,0 +1,200 @@
+"""Channel pruning by a criterion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Literal, Union
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_prune.budget import Limits, Scope, check_fraction, select
+from lightning_prune.callbacks.base import PruningCallback, Shrink
+from lightning_prune.callbacks.network import Network
+from lightning_prune.choices import unknown_name
+from lightning_prune.criteria import Criterion, CriterionName, criterion_from, normalise
+from lightning_prune.graph.channels import ChannelGroup
+from lightning_prune.reinit import Reinit, ReinitName
+from lightning_prune.schedules import Schedule, ScheduleName
+
+Measure = Literal["channels", "params", "macs", "latency"]
+
+
+class ChannelPruning(PruningCallback):
+    """Removes the least important channels while the network trains, and hands back a smaller network.
+
+    Channels are found by running the module on a real batch; what belongs together goes together, and what cannot be
+    proven prunable stays whole and is listed in the report. In each round the channels are scored and selected under
+    the budget. With ``shrink="rounds"`` they are removed physically at once: the module computes what it did with the
+    removed channels switched off, and its optimizers keep their state for what is left.
+
+    Args:
+        criterion: What matters: ``"l1"`` (Li et al., 2017), ``"l2"`` (over all coupled weights), ``"bn_scale"`` (Liu
+            et al., 2017), ``"taylor"`` (Molchanov et al., 2016, 2019), ``"fpgm"`` (He et al., 2019), ``"random"``, or
+            a :class:`~lightning_prune.Criterion`.
+        remove: Fraction to remove in all, in [0, 1).
+        of: What it is a fraction of: ``"macs"``, ``"params"`` or ``"latency"`` (measured) of the whole network, or the
+            ``"channels"`` of the groups that may be pruned.
+        schedule: When rounds are due: ``"one_shot"``, ``"linear"``, ``"cubic"`` (Zhu & Gupta, 2017), ``"geometric"``,
+            ``"cosine"``, or a :class:`~lightning_prune.Schedule`.
+        scope: Channels compete with all others (``"global"``), with those of their group (``"group"``), or with those
+            of groups of the same shape (``"isomorphic"``, Fang et al., 2024).
+        include: Patterns of module names (as in ``fnmatch``) whose channels may go; default all.
+        exclude: Patterns of module names whose channels stay.
+        ratios: Fraction of channels to remove for the groups that match a pattern; the others meet the budget.
+        round_to: Widths become multiples of this.
+        min_channels: Fewest channels of a group, as a number or as a share of its width in (0, 1).
+        reinit: What becomes of the weights after each round: ``"keep"``, or ``"random"``.
+        shrink: Remove channels physically at each round (``"rounds"``), when training ends (``"end"``; masked until
+            then), or not at all (``"never"``; nothing gets faster).
+        verify: Whether each shrink is compared with the masked network on a real batch, and undone if it differs.
+        recalibrate: Number of batches to re-estimate batch-norm statistics on after each round; 0 leaves them.
+        seed: Seed of random criteria and reinitialisations.
+        directory: Where the final checkpoint ``pruned.ckpt`` and the report are written; default: beside the
+            checkpoints of the fit's ``ModelCheckpoint``, if it has one.
+
+    Raises:
+        ConfigurationError: If an argument is wrong, or can have no effect in this fit.
+        BudgetError: If the budget is out of reach on this network; says how much can be reached.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(max_epochs=30, callbacks=[ChannelPruning(remove=0.5, of="macs")], logger=False)
+    """
+
+    def __init__(
+        self,
+        criterion: Union[CriterionName, Criterion] = "l2",  # noqa: UP007 - jsonargparse shows the names in its help
+        remove: float = 0.5,
+        of: Measure = "macs",
+        schedule: Union[ScheduleName, Schedule] = "cubic",  # noqa: UP007
+        scope: Scope = "global",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        ratios: Mapping[str, float] | None = None,
+        round_to: int = 1,
+        min_channels: Union[int, float] = 1,  # noqa: UP007
+        reinit: Union[ReinitName, Reinit] = "keep",  # noqa: UP007
+        shrink: Shrink = "rounds",
+        verify: bool = True,
+        recalibrate: int = 0,
+        seed: int = 0,
+        directory: str | None = None,
+    ) -> None:
+        super().__init__(remove, of, schedule, reinit, shrink, verify, recalibrate, seed, directory)
+        if of not in ("channels", "params", "macs", "latency"):
+            raise unknown_name("measure", of, ["channels", "params", "macs", "latency"])
+        if scope not in ("global", "group", "isomorphic"):
+            raise unknown_name("scope", scope, ["global", "group", "isomorphic"])
+        self.criterion = criterion
+        self.scope = scope
+        self.include = include
+        self.exclude = exclude
+        self.ratios = ratios
+        self.round_to = round_to
+        self.min_channels = min_channels
+        self._criterion = criterion_from(criterion)
+        self._limits = Limits(min_channels, round_to)
+        for ratio in (ratios or {}).values():
+            check_fraction(ratio)
+
+    @override
+    def prepare(self, network: Network) -> None:
+        if "eligible" not in self._record:
+            self._check_patterns(network)
+            self._record["eligible"] = self._eligible(network)
+        if self.of != "latency":  # measuring a latency for every step of a search is kept for the rounds
+            even = {name: torch.zeros(network.graph.groups[name].width) for name in self._eligible(network)}
+            self._selection(network, even, 1.0)
+
+    @override
+    def select(self, network: Network, level: float) -> dict[str, Tensor]:
+        scores = self._scores(network)
+        if self.scope == "global" and self._criterion.normalised:
+            scores = {name: normalise(score, network.masks.keep[name]) for name, score in scores.items()}
+        return self._selection(network, scores, level)
+
+    @override
+    def removed(self, network: Network) -> float:
+        if self.of == "latency":
+            return 1 - network.probe.latency() / self._dense_cost()
+        return 1 - self._cost(network)(network.masks.widths) / self._dense_cost()
+
+    def _scores(self, network: Network) -> dict[str, Tensor]:
+        """Scores of all groups that may be cut, the same in all processes."""
+        groups = {name: network.graph.groups[name] for name in self._eligible(network)}
+        generator = self.generator("criterion")
+        batches: Iterable[Mapping[str, Tensor]] = [{}]
+        if self._criterion.batches > 0:
+            batches = network.probe.gradients(self._criterion.batches)
+        sums: dict[str, Tensor] = {}
+        count = 0
+        for gradients in batches:
+            count += 1
+            for name, group in groups.items():
+                score = self._criterion.score(group, network.tensors, gradients, generator)
+                sums[name] = sums[name] + score if name in sums else score
+        return {name: network.average(total / count) for name, total in sums.items()}
+
+    def _selection(self, network: Network, scores: Mapping[str, Tensor], level: float) -> dict[str, Tensor]:
+        groups = network.graph.groups
+        return select(
+            scores,
+            widths=network.graph.widths,
+            original=self._record["original"],
+            cost=self._cost(network),
+            allowed=self._dense_cost() * (1 - self.remove * level),
+            scope=self.scope,
+            limits=self._limits,
+            patterns={name: group.pattern for name, group in groups.items()},
+            ratios={name: ratio * level for name, ratio in self._fixed_ratios(groups).items() if name in scores},
+            keep=network.masks.keep,
+            of=self.of,
+        )
+
+    def _cost(self, network: Network) -> Callable[[Mapping[str, int]], float]:
+        if self.of != "channels":
+            return network.cost_function(self.of)
+        eligible: list[str] = self._record["eligible"]
+        # A group that is down to one channel is no group any more, but that channel still counts.
+        return lambda widths: sum(widths.get(name, 1) for name in eligible)
+
+    def _dense_cost(self) -> float:
+        if self.of == "channels":
+            return float(sum(self._record["original"][name] for name in self._record["eligible"]))
+        field = {"params": "parameters", "macs": "macs", "latency": "latency_seconds"}[self.of]
+        return float(self._record["before"][field])
+
+    def _eligible(self, network: Network) -> list[str]:
+        return [
+            name
+            for name, group in network.graph.groups.items()
+            if (self.include is None or _matches(group, self.include)) and not _matches(group, self.exclude or ())
+        ]
+
+    def _fixed_ratios(self, groups: Mapping[str, ChannelGroup]) -> dict[str, float]:
+        return {
+            name: ratio
+            for name, group in groups.items()
+            for pattern, ratio in (self.ratios or {}).items()
+            if _matches(group, [pattern])
+        }
+
+    def _check_patterns(self, network: Network) -> None:
+        groups = network.graph.groups.values()
+        for option, patterns in (("include", self.include), ("exclude", self.exclude), ("ratios", self.ratios)):
+            for pattern in patterns or ():
+                if not any(_matches(group, [pattern]) for group in groups):
+                    known = [path for group in groups for path in _makers(group)]
+                    raise unknown_name(f"channel group in {option}", pattern, dict.fromkeys(known))
+
+
+def _makers(group: ChannelGroup) -> list[str]:
+    """Names under which a group is known: its own, and those of all modules that make its channels."""
+    return [group.name, *(slot.tensor.rpartition(".")[0] for slot in group.with_role("producer"))]
+
+
+def _matches(group: ChannelGroup, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(path, pattern) for path in _makers(group) for pattern in patterns)

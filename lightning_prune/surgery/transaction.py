@@ -1,0 +1,96 @@
+"""A cut that can be proven and undone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.graph.analysis import Analysis
+from lightning_prune.graph.channels import ChannelGraph
+from lightning_prune.graph.labels import SOLID
+from lightning_prune.graph.tracer import run_traced
+from lightning_prune.surgery.attributes import (
+    Setting,
+    Solver,
+    UnsolvedError,
+    integer_settings,
+    symbolic,
+    write_settings,
+)
+from lightning_prune.surgery.check import Checker, Expectation
+from lightning_prune.surgery.constructors import described_settings
+from lightning_prune.surgery.resize import Cut, Saved, plan_cuts, resize, restore
+
+
+def kept_labels(analysis: Analysis, keep: Mapping[str, Tensor]) -> Tensor:
+    """For each label whether it stays, bool of shape ``[labels]``."""
+    kept = torch.ones(analysis.space.count, dtype=torch.bool)
+    for name, units in keep.items():
+        kept[analysis.units[name]] = False
+        kept[analysis.units[name][units]] = True
+    kept[SOLID] = True
+    return kept
+
+
+class Transaction:
+    """A cut that was applied and can be undone."""
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor]) -> None:
+        assert graph.evidence is not None
+        self.model, self.analysis = model, graph.evidence
+        self.tensors = self.analysis.tensors
+        self.kept = kept_labels(self.analysis, keep)
+        self.cuts: dict[str, list[Cut]] = plan_cuts(graph, keep)
+        self.original = integer_settings(model)
+        self.before = {name: tuple(self.tensors[name].shape) for name in self.cuts}
+        self.saved: list[Saved] = resize(self.tensors, self.cuts)
+        self.settings: dict[Setting, int] = {}
+
+    def prove(self) -> None:
+        """Run every program on the cut network; it must do what was recorded, less what was removed.
+
+        Raises:
+            UnsolvedError: If it does not.
+        """
+        values = {**self.original, **described_settings(self.model, self.before, {})}
+        used: set[Setting] = set()
+        write_settings(self.model, values)
+        expectation = Expectation(self.analysis, self.kept)
+        for run in self.analysis.runs:
+            checker = Checker(expectation, run)
+            try:
+                with symbolic(self.model, values), Solver(checker, values, used):
+                    run_traced(run.program, checker)
+                if checker.position != len(run.events):
+                    raise UnsolvedError(checker.position, "the network stopped early")
+            except UnsolvedError as problem:
+                problem.run = run
+                raise
+            except Exception as error:
+                unsolved = UnsolvedError(checker.position, f"{run.program.name} failed after the cut: {error}")
+                unsolved.run = run
+                raise unsolved from error
+        known = {s: Fraction(values[s], self.original[s]) for s in used if self.original[s] != 0}
+        values.update(described_settings(self.model, self.before, known))
+        write_settings(self.model, values)
+        self.settings = {s: value for s, value in values.items() if value != self.original[s]}
+
+    def undo(self) -> None:
+        """Put everything back."""
+        restore(self.saved)
+        write_settings(self.model, self.original)
+
+
+@contextmanager
+def applied(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor]) -> Iterator[Transaction]:
+    """Apply a cut; whatever is raised inside undoes it."""
+    transaction = Transaction(model, graph, keep)
+    try:
+        yield transaction
+    except BaseException:
+        transaction.undo()
+        raise

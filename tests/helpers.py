@@ -1,0 +1,95 @@
+"""What tests of the channel graph and of surgery share: an oracle that does not use the library's own masks."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils._pytree import tree_leaves
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Norms that do something: statistics and affine parameters far from their start values, biases too."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, _BatchNorm) and module.running_mean is not None:
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+            if isinstance(module, (_BatchNorm, nn.GroupNorm, nn.LayerNorm)) and module.weight is not None:
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.1)
+    return model
+
+
+def random_keep(graph, share=0.5):
+    """Sorted random units of every group, at least one of each."""
+    return {
+        name: torch.randperm(group.width)[: max(1, round(group.width * share))].sort().values
+        for name, group in graph.groups.items()
+    }
+
+
+def masked_copy(model, graph, keep):
+    """A copy of the model whose removed units are switched off with plain indexing."""
+    masked = copy.deepcopy(model)
+    tensors = {**dict(masked.named_parameters()), **dict(masked.named_buffers())}
+    with torch.no_grad():
+        for name, units in keep.items():
+            group = graph.groups[name]
+            removed = [unit for unit in range(group.width) if unit not in set(units.tolist())]
+            for slot in group.off:
+                positions = [position for unit in removed for position in slot.index[unit].tolist()]
+                where = [slice(None)] * tensors[slot.tensor].dim()
+                where[slot.dim] = positions
+                tensors[slot.tensor][tuple(where)] = 0
+    return masked
+
+
+def run(model, *inputs):
+    """All tensors that the model gives in evaluation mode."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    with torch.no_grad():
+        result = model(*inputs)
+    for name, module in model.named_modules():
+        module.training = modes[name]
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def difference(expected, found):
+    """Largest difference over all outputs, relative to the largest expected value of each."""
+    assert [tuple(a.shape) for a in expected] == [tuple(b.shape) for b in found]
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, found, strict=True))
+
+
+def prunable_share(model, graph):
+    """Share of the parameters that lie in tensors which some group cuts."""
+    cut = {slot.tensor for group in graph.groups.values() for slot in group.slots}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return sum(size for name, size in sizes.items() if name in cut) / sum(sizes.values())
+
+
+def disagreeing_attributes(model):
+    """Integers that modules remember of their sizes and that no longer agree with their tensors."""
+    wrong = []
+    for name, module in model.named_modules():
+        expected = {}
+        if isinstance(module, _ConvNd):
+            rows, columns = module.weight.shape[:2]
+            if isinstance(module, _ConvTransposeNd):
+                expected = {"in_channels": rows, "out_channels": columns * module.groups}
+            else:
+                expected = {"out_channels": rows, "in_channels": columns * module.groups}
+        elif isinstance(module, nn.Linear):
+            expected = {"out_features": module.weight.shape[0], "in_features": module.weight.shape[1]}
+        elif isinstance(module, _BatchNorm) and module.weight is not None:
+            expected = {"num_features": len(module.weight)}
+        elif isinstance(module, nn.GroupNorm) and module.weight is not None:
+            expected = {"num_channels": len(module.weight)}
+        wrong += [f"{name}.{key} is {getattr(module, key)}, not {n}" for key, n in expected.items() if getattr(module, key) != n]
+        if "groups" in expected or isinstance(module, _ConvNd):
+            assert module.in_channels % module.groups == 0 == module.out_channels % module.groups, name
+    return wrong

@@ -72,24 +72,26 @@ def prunable_share(model, graph):
     return sum(size for name, size in sizes.items() if name in cut) / sum(sizes.values())
 
 
+def expected_attributes(module):
+    """Integers that a module ought to remember of its tensors' sizes."""
+    if isinstance(module, _ConvTransposeNd):
+        return {"in_channels": module.weight.shape[0], "out_channels": module.weight.shape[1] * module.groups}
+    if isinstance(module, _ConvNd):
+        return {"out_channels": module.weight.shape[0], "in_channels": module.weight.shape[1] * module.groups}
+    if isinstance(module, nn.Linear):
+        return {"out_features": module.weight.shape[0], "in_features": module.weight.shape[1]}
+    if isinstance(module, _BatchNorm) and module.weight is not None:
+        return {"num_features": len(module.weight)}
+    if isinstance(module, nn.GroupNorm) and module.weight is not None:
+        return {"num_channels": len(module.weight)}
+    return {}
+
+
 def disagreeing_attributes(model):
-    """Integers that modules remember of their sizes and that no longer agree with their tensors."""
-    wrong = []
-    for name, module in model.named_modules():
-        expected = {}
-        if isinstance(module, _ConvNd):
-            rows, columns = module.weight.shape[:2]
-            if isinstance(module, _ConvTransposeNd):
-                expected = {"in_channels": rows, "out_channels": columns * module.groups}
-            else:
-                expected = {"out_channels": rows, "in_channels": columns * module.groups}
-        elif isinstance(module, nn.Linear):
-            expected = {"out_features": module.weight.shape[0], "in_features": module.weight.shape[1]}
-        elif isinstance(module, _BatchNorm) and module.weight is not None:
-            expected = {"num_features": len(module.weight)}
-        elif isinstance(module, nn.GroupNorm) and module.weight is not None:
-            expected = {"num_channels": len(module.weight)}
-        wrong += [f"{name}.{key} is {getattr(module, key)}, not {n}" for key, n in expected.items() if getattr(module, key) != n]
-        if "groups" in expected or isinstance(module, _ConvNd):
-            assert module.in_channels % module.groups == 0 == module.out_channels % module.groups, name
-    return wrong
+    """Integers that modules remember of their sizes and that do not agree with their tensors."""
+    return [
+        f"{name}.{key} is {getattr(module, key)}, not {size}"
+        for name, module in model.named_modules()
+        for key, size in expected_attributes(module).items()
+        if getattr(module, key) != size
+    ]

@@ -57,10 +57,19 @@ class Analysis:
         self.notes: list[Refusal] = []
         self.runs: list[Run] = []
         touched: set[int] = set()
+        failures: dict[str, Exception] = {}
         for program in programs:
-            touched |= self._trace(program)
-        if not self.runs:
-            raise TraceError("; ".join(f"{note.path}: {note.reason}" for note in self.notes))
+            try:
+                touched |= self._trace(program)
+            except Exception as error:
+                failures[program.name] = error
+                self.notes.append(Refusal(program.name, f"could not be run ({error})"))
+        ran = {_entry_point(run.program.name) for run in self.runs}
+        for name, error in failures.items():
+            if _entry_point(name) not in ran:
+                raise error if isinstance(error, TraceError) else TraceError(
+                    f"the network failed in {name}: {type(error).__name__}: {error}"
+                ) from error
         self.touched = {name for name, tensor in self.tensors.items() if id(tensor) in touched}
         self.leaves = [
             Leaf(name, plane.dims[0], plane.ids.flatten())
@@ -78,15 +87,7 @@ class Analysis:
 
     def _trace(self, program: Program) -> set[int]:
         tracer = Tracer(self.space, [(self.tensors[name], labels) for name, labels in self.labels.items()], find_rule)
-        try:
-            outputs = run_traced(program, tracer)
-        except TraceError:
-            raise
-        except Exception as error:
-            if not program.training:
-                raise TraceError(f"the network failed in {program.name}: {type(error).__name__}: {error}") from error
-            self.notes.append(Refusal(program.name, f"could not be run ({type(error).__name__}: {error})"))
-            return set()
+        outputs = run_traced(program, tracer)
         for output in outputs:
             for plane in tracer.labels_of(output).planes:
                 self.space.frozen.append(Frozen(plane.ids.flatten(), "is an output of the network"))
@@ -237,6 +238,11 @@ class Analysis:
             for c in run.counted
         )
         return ChannelGraph(self.groups, self.refusals(), tensors, operations, run.program.samples, self)
+
+
+def _entry_point(name: str) -> str:
+    """What a program calls, whatever the mode: the first word of its name."""
+    return name.partition(" ")[0]
 
 
 def _check(tensors: dict[str, Tensor]) -> None:

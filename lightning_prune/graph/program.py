@@ -18,16 +18,19 @@ class Program:
 
     Args:
         name: How to speak of it in messages, for example ``"training_step (train mode)"``.
-        run: Runs it once with the network's present weights. Returns a (nested) collection of the tensors that the
-            network hands to the outside; these keep their shape whatever is pruned.
+        run: Runs it once with the network's present weights. Returns a (nested) collection of tensors, all of which
+            a shrunk network must reproduce where they keep their shape.
         training: Whether the network runs in train mode.
         samples: Number of samples in the data it runs on; costs are given per sample.
+        handed_out: Picks from what ``run`` returned the tensors that the network hands to the outside; these keep
+            their shape whatever is pruned.
     """
 
     name: str
     run: Callable[[], Any]
     training: bool = False
     samples: int = 1
+    handed_out: Callable[[Any], Any] = lambda result: result
 
 
 _unobserved_depth = 0
@@ -83,6 +86,12 @@ def preserved(model: nn.Module, training: bool | None) -> Iterator[None]:
             module.training = mode
 
 
+def count_samples(data: Any) -> int:
+    """Length of the first tensor in (nested) data; 1 if there is none."""
+    tensors = [leaf for leaf in tree_leaves(data) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    return len(tensors[0]) if tensors else 1
+
+
 def module_programs(model: nn.Module, inputs: Tensor | Sequence[Any] | Mapping[str, Any]) -> list[Program]:
     """Programs that call ``model`` on example inputs, in evaluation and in train mode.
 
@@ -102,8 +111,7 @@ def module_programs(model: nn.Module, inputs: Tensor | Sequence[Any] | Mapping[s
 
         return run
 
-    tensors = [leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, Tensor) and leaf.dim() > 0]
-    samples = len(tensors[0]) if tensors else 1
+    samples = count_samples((arguments, keywords))
     return [
         Program(f"forward ({'train' if training else 'evaluation'} mode)", runner(training), training, samples)
         for training in (False, True)

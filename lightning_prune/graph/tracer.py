@@ -228,4 +228,4 @@ def run_traced(program: Program, tracer: Tracer) -> list[Tensor]:
     """Run a program inside a tracer and return the tensors it hands out."""
     with decomposed(), tracer:
         result = program.run()
-    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_leaves(program.handed_out(result)) if isinstance(leaf, Tensor)]

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prune.cost import measure_latency
 from lightning_prune.errors import PruneError, TraceError
-from lightning_prune.graph.program import Program, unobserved
+from lightning_prune.graph.program import Program, count_samples, unobserved
 from lightning_prune.probe.backward import LocalBackward, NoBackward
 from lightning_prune.probe.data import NoBatchError, copied, fresh_batches, sample_count
 from lightning_prune.probe.sandbox import Record, sandbox, seed_everywhere
@@ -301,6 +301,12 @@ class Probe:
             raise TraceError(
                 f"{name} of {type(self._module).__name__} failed with {type(error).__name__}: {error}. {remedy}"
             ) from error
+
+
+def _handed_out(result: dict[str, Any]) -> Any:
+    """What leaves the module; the outputs of its children stay inside."""
+    outputs = {name: value for name, value in result["outputs"].items() if name.partition("#")[0] == "forward"}
+    return {**result, "outputs": outputs}
 
 
 def _estimated(norm: _BatchNorm) -> tuple[Tensor, ...]:

@@ -1,0 +1,238 @@
+"""The command line: ``lightning-prune demo | fit | validate | test | predict | inspect | report | export``."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from jsonargparse import ArgumentParser
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch import nn
+
+from lightning_prune.__about__ import __version__
+from lightning_prune.choices import unknown_name
+from lightning_prune.cost import CostModel
+from lightning_prune.errors import ConfigurationError, PruneError
+from lightning_prune.export import FORMATS, export
+from lightning_prune.probe import Probe
+from lightning_prune.recipes.demo import run_demo
+from lightning_prune.report import PruneReport
+from lightning_prune.surgery import trace, trace_programs
+from lightning_prune.text import aligned, format_count, shortened
+
+_LIGHTNING = ("fit", "validate", "test", "predict")
+
+
+class _HelpfulParser(LightningArgumentParser):
+    """Adds the nearest known name to errors about mistyped ones."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        hints = [hint for word in _doubtful_words(message) if (hint := self._nearest(word, message))]
+        super().error("\n".join([message, *dict.fromkeys(hints)]), ex)
+        raise AssertionError  # the line above always leaves
+
+    def _nearest(self, word: str, message: str) -> str | None:
+        known = {*_known_words(self), *re.findall(r"'([\w.]+)'", message.split("Expected", 1)[-1])} - {word}
+        close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)
+        return f"'{word}' is not known here: did you mean '{close[0]}'?" if close else None
+
+
+def _doubtful_words(message: str) -> list[str]:
+    patterns = (
+        r"[Oo]ption '([\w.]+)' is not accepted",
+        r"[Uu]nrecognized arguments?: --([\w.]+)",
+        r"Expected a dot import path string: ([\w.]+)",
+        r"[Gg]iven value: ([\w.]+)",
+        r"Got value: ([\w.]+)",
+    )
+    return [word for pattern in patterns for found in re.findall(pattern, message) for word in (found,)]
+
+
+def _known_words(parser: ArgumentParser) -> Iterator[str]:
+    """Names of options at any depth, and of what this package exports."""
+    import inspect
+
+    import lightning_prune
+
+    for action in parser._actions:
+        yield action.dest
+        yield action.dest.rpartition(".")[2]
+    for name in lightning_prune.__all__:
+        value = getattr(lightning_prune, name)
+        yield name
+        if inspect.isclass(value):
+            yield from (p for p in inspect.signature(value).parameters if p not in ("args", "kwargs"))
+
+
+class PruneCLI(LightningCLI):
+    """A LightningCLI for any model and any data module, given by their class paths."""
+
+    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            args=list(args) if args is not None else None,
+            run=run,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that helps with mistyped names."""
+        return _HelpfulParser(**kwargs)
+
+
+def _model_parser(description: str) -> ArgumentParser:
+    parser = ArgumentParser(description=description)
+    parser.add_argument(
+        "model", type=str, help="import path of a module class, or of a function that makes a module"
+    )
+    parser.add_argument("--init", type=dict[str, Any], default={}, help="arguments to make it with, as JSON or YAML")
+    parser.add_argument(
+        "--shape",
+        type=list[int],
+        default=None,
+        help="shape of an input with its batch dimension, such as [2,3,224,224]; not needed with example_input_array",
+    )
+    return parser
+
+
+def _make_model(path: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Make the module that an import path names.
+
+    Raises:
+        ConfigurationError: If there is no such thing, or it makes no module.
+    """
+    sys.path.insert(0, str(Path.cwd()))
+    module_path, _, name = path.rpartition(".")
+    try:
+        module = __import__(module_path, fromlist=[name])
+    except (ImportError, ValueError) as error:
+        raise ConfigurationError(f"cannot import '{module_path}' of '{path}': {error}") from error
+    if not hasattr(module, name):
+        raise unknown_name(f"name in {module_path}", name, [n for n in dir(module) if not n.startswith("_")])
+    model = getattr(module, name)(**arguments)
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"'{path}' makes a {type(model).__name__}, not a torch module")
+    return model
+
+
+def _example_input(model: nn.Module, shape: Sequence[int] | None) -> Any:
+    if shape is not None:
+        return torch.randn(*shape)
+    example = getattr(model, "example_input_array", None)
+    if example is None:
+        raise ConfigurationError("give the shape of an input with --shape, such as --shape [2,3,224,224]")
+    return example
+
+
+def inspect_command(args: Sequence[str]) -> None:
+    """Print groups, refusals and costs of a network, without training it."""
+    options = _model_parser(inspect_command.__doc__ or "").parse_args(list(args))
+    model = _make_model(options.model, options.init)
+    if isinstance(model, LightningModule) and options.shape is None and model.example_input_array is not None:
+        graph = trace_programs(model, Probe(None, model).programs())
+    else:
+        graph = trace(model, _example_input(model, options.shape))
+    cost = CostModel(graph, [name for name, _ in model.named_parameters()])
+    rows = [("channel group", "width", "tensors")]
+    rows += [(shortened(n, 60), str(g.width), str(len({s.tensor for s in g.slots}))) for n, g in graph.groups.items()]
+    print("\n".join(aligned(rows)))
+    sliced = {slot.tensor for group in graph.groups.values() for slot in group.slots}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    prunable = sum(parameter.numel() for name, parameter in model.named_parameters() if name in sliced)
+    print(f"\n{format_count(total)} parameters, {prunable / max(total, 1):.1%} of them in prunable tensors")
+    print(f"{format_count(cost.macs(graph.widths))} MACs for one sample")
+    if graph.refused:
+        print("\nstays whole")
+        for path, reason in graph.refused:
+            print(f"  {path}: {reason}")
+
+
+def report_command(args: Sequence[str]) -> None:
+    """Print the report of a fit, or write it in other forms."""
+    parser = ArgumentParser(description=report_command.__doc__)
+    parser.add_argument("path", type=str, help="a report.json, or the folder it lies in")
+    parser.add_argument("--save", type=str, default=None, help="folder to write table, CSV and figure to")
+    options = parser.parse_args(list(args))
+    path = Path(options.path)
+    report = PruneReport.from_json(path / "report.json" if path.is_dir() else path)
+    print(report.table())
+    if options.save is not None:
+        for note in report.save(options.save):
+            print(note)
+
+
+def export_command(args: Sequence[str]) -> None:
+    """Write the network of a pruned checkpoint in a form that needs no library to load."""
+    parser = _model_parser(export_command.__doc__ or "")
+    parser.add_argument("checkpoint", type=str, help="a checkpoint file of that module")
+    parser.add_argument("--format", type=str, default="pt2", help=f"one of {', '.join(FORMATS)}")
+    parser.add_argument("--out", type=str, default=None, help="file to write; default: beside the checkpoint")
+    options = parser.parse_args(list(args))
+    from lightning_prune.checkpoint import load_pruned
+
+    model = _make_model(options.model, options.init)
+    if not isinstance(model, LightningModule):
+        raise ConfigurationError(f"'{options.model}' is no LightningModule")
+    load_pruned(options.checkpoint, model)
+    example = None if options.format == "state_dict" else _example_input(model, options.shape)
+    print(export(model, options.format, example, options.out or options.checkpoint))
+
+
+def demo_command(args: Sequence[str]) -> None:
+    """Prune a small network on scikit-learn's digits inside one fit, and show what came of it."""
+    parser = ArgumentParser(description=demo_command.__doc__)
+    parser.add_function_arguments(run_demo, as_group=False)
+    run_demo(**parser.parse_args(list(args)).as_dict())
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "demo": demo_command,
+    "inspect": inspect_command,
+    "report": report_command,
+    "export": export_command,
+}
+
+
+def _usage() -> str:
+    lines = [f"lightning-prune {__version__}", "", "usage: lightning-prune COMMAND [options]; COMMAND --help tells more", ""]
+    lines += [f"  {name:<10} {command.__doc__}" for name, command in _COMMANDS.items()]
+    lines += [f"  {name:<10} As in LightningCLI: --config FILE, --model CLASS, --data CLASS, ..." for name in _LIGHTNING]
+    return "\n".join(lines)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        args: Words after the program's name; default: those of the process.
+
+    Returns:
+        Exit status: 0, or 2 after an error of the user's.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    try:
+        if words[0] in _LIGHTNING:
+            PruneCLI(words)
+        elif words[0] in _COMMANDS:
+            _COMMANDS[words[0]](words[1:])
+        else:
+            raise unknown_name("command", words[0], [*_COMMANDS, *_LIGHTNING])
+    except PruneError as error:
+        print(f"lightning-prune: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.graph.tracer import named_leaves
-from lightning_prune.surgery.attributes import Setting, write_settings
+from lightning_prune.surgery.attributes import Setting, integer_settings, write_settings
+from lightning_prune.surgery.constructors import Descriptions
 from lightning_prune.surgery.resize import replace
 
 KEY = "lightning_prune"
@@ -22,78 +25,150 @@ VERSION = 1
 Module = TypeVar("Module", bound=LightningModule)
 
 
-def plain_settings(settings: Mapping[Setting, int]) -> list[list[Any]]:
-    """Settings in types that every checkpoint reader accepts."""
-    return [[s.module, s.attribute, s.element, value] for s, value in settings.items()]
+def plain_settings(settings: Mapping[Setting, int], originals: Mapping[Setting, int]) -> list[list[Any]]:
+    """Changed settings, with their present and their original values, in types that every checkpoint reader accepts."""
+    return [[s.module, s.attribute, s.element, value, originals[s]] for s, value in settings.items()]
 
 
 def settings_of(record: Mapping[str, Any]) -> dict[Setting, int]:
-    """Inverse of :func:`plain_settings` on a record."""
-    return {Setting(module, name, element): value for module, name, element, value in record.get("settings", [])}
+    """The present values in a record of :func:`plain_settings`."""
+    return {Setting(*entry[:3]): entry[3] for entry in record.get("settings", ())}
 
 
-def resize_to(model: nn.Module, state_dict: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+def original_settings_of(record: Mapping[str, Any]) -> dict[Setting, int]:
+    """The original values in a record of :func:`plain_settings`."""
+    return {Setting(*entry[:3]): entry[4] for entry in record.get("settings", ())}
+
+
+def refuse_foreign(model: nn.Module, state_dict: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that this network cannot take in, before anything is changed.
+
+    Args:
+        model: The network.
+        state_dict: The state to be loaded.
+        record: The record saved beside it; nothing is refused where it is empty.
+
+    Raises:
+        ConfigurationError: If the record is of another version or does not belong to this network.
+    """
+    if not record:
+        return
+    if record.get("version") != VERSION:
+        raise ConfigurationError(
+            f"the checkpoint was pruned by a version of lightning-prune whose record is version "
+            f"{record.get('version')}; this one reads version {VERSION}. Load it with the version that wrote it, and "
+            f"export its state_dict."
+        )
+    if stranger := next(_strangers(model, state_dict, record), None):
+        raise ConfigurationError(
+            f"the checkpoint was pruned from another network than this {type(model).__name__}: {stranger}. Load it "
+            f"into the class that it was trained as, made with the same arguments."
+        )
+
+
+def _strangers(model: nn.Module, state_dict: Mapping[str, Tensor], record: Mapping[str, Any]) -> Iterator[str]:
+    """What in a checkpoint does not fit the network, whatever its widths."""
+    settings, tensors = integer_settings(model), named_leaves(model)
+    yield from (f"this one has no {name}" for name in record.get("cut", ()) if name not in tensors)
+    missing = (setting for setting in settings_of(record) if setting not in settings)
+    yield from (f"this one has no number {setting.module}.{setting.attribute}" for setting in missing)
+    for name, tensor in tensors.items():
+        saved = state_dict.get(name)
+        if saved is not None and saved.dim() != tensor.dim():
+            yield f"{name} has {tensor.dim()} dimensions here and {saved.dim()} in the file"
+
+
+def resize_to(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    undo: Mapping[Setting, int] | None = None,
+) -> None:
     """Give a network the shapes of a state dict, wider or narrower, before that is loaded.
 
     Args:
         model: A network of the same structure.
         state_dict: The state to be loaded.
-        record: The record saved beside it; may be empty.
-
-    Raises:
-        ConfigurationError: If the record is of another version or does not belong to this network.
+        record: The record saved beside it. Without one, what modules remember of their sizes is derived from the new
+            shapes, as far as these tell.
+        undo: Settings that an earlier pruning of ``model`` changed, with their original values.
     """
-    version = record.get("version", VERSION)
-    if version != VERSION:
-        raise ConfigurationError(
-            f"the checkpoint was pruned by a version of lightning-prune whose record is version {version}; this one "
-            f"reads version {VERSION}. Load it with the version that wrote it, and export its state_dict."
-        )
-    modules = dict(model.named_modules())
-    settings = settings_of(record)
-    unknown = [s for s in settings if s.module not in modules or s.attribute not in vars(modules[s.module])]
-    if unknown:
-        raise ConfigurationError(
-            f"the checkpoint was pruned from another network: this one has no {unknown[0].module}."
-            f"{unknown[0].attribute}. Load it into the class that it was trained as."
-        )
+    descriptions = Descriptions(model) if not record else None
+    unsaved: Mapping[str, Tensor] = record.get("unsaved", {})
     for name, tensor in named_leaves(model).items():
-        saved = state_dict.get(name)
+        saved = state_dict.get(name, unsaved.get(name))
         if saved is not None and saved.dim() == tensor.dim() and saved.shape != tensor.shape:
             replace(tensor, torch.empty(saved.shape, dtype=tensor.dtype, device=tensor.device))
-    write_settings(model, settings)
+        if name in unsaved:
+            with torch.no_grad():
+                tensor.copy_(unsaved[name])
+    known = integer_settings(model)
+    derived = descriptions.settings({}) if descriptions is not None else {}
+    values = {**(undo or {}), **derived, **settings_of(record)}
+    write_settings(model, {setting: value for setting, value in values.items() if setting in known})
 
 
-class OnLoad:
-    """Stands in for a module's ``on_load_checkpoint``: fits the widths before the weights are loaded.
+class _Hook:
+    """Stands in for a hook of a module.
 
-    A class rather than a closure, so that a module which carries it can be pickled and copied.
+    A copy of the module, be it by ``copy.deepcopy`` or by pickling, gets the module's own hook back.
 
     Args:
         module: The module.
-        original: Its own hook.
-        record: The record of the running fit; takes over the one from the checkpoint.
-        copies: Other modules that must keep the module's shapes.
+        name: Name of the hook.
+        record: The record of the running fit.
     """
 
-    def __init__(self, module: LightningModule, record: dict[str, Any], copies: Iterable[LightningModule]) -> None:
+    def __init__(self, module: LightningModule, name: str, record: dict[str, Any]) -> None:
         """See the class."""
         self.module = module
-        self.original = module.on_load_checkpoint
+        self.was_set = name in vars(module)
+        self.original: Callable[[dict[str, Any]], None] = getattr(module, name)
         self.record = record
-        self.copies = list(copies)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What a copy of the module holds instead: the original hook, bound to the copy."""
+        return copy.copy, (self.original,)
+
+
+class OnLoad(_Hook):
+    """Stands in for a module's ``on_load_checkpoint``: fits the widths before the weights are loaded.
+
+    Args:
+        module: The module.
+        record: The record of the running fit; takes over the one from the checkpoint.
+        copies: Finds other modules that must keep the module's shapes, once all callbacks are set up.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        record: dict[str, Any],
+        copies: Callable[[LightningModule], Sequence[LightningModule]],
+    ) -> None:
+        """See the class."""
+        super().__init__(module, "on_load_checkpoint", record)
+        self.copies = copies
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         """Resize, then do what the module itself does."""
-        if KEY in checkpoint:
-            for module in (self.module, *self.copies):
-                resize_to(module, checkpoint["state_dict"], checkpoint[KEY])
-            self.record.clear()
-            self.record.update(checkpoint[KEY])
+        found, undo = checkpoint.get(KEY, {}), original_settings_of(self.record)
+        if not found and not self.record:
+            return self.original(checkpoint)
+        refuse_foreign(self.module, checkpoint["state_dict"], found)
+        self._resize(checkpoint, found, undo)
         self.original(checkpoint)
+        self._resize(checkpoint, found, undo)  # once more: the hook may have renamed what is to be loaded
+        self.record.clear()
+        self.record.update(copy.deepcopy(found))
+        return None
+
+    def _resize(self, checkpoint: Mapping[str, Any], found: Mapping[str, Any], undo: Mapping[Setting, int]) -> None:
+        for module in (self.module, *self.copies(self.module)):
+            resize_to(module, checkpoint["state_dict"], found, undo)
 
 
-class OnSave:
+class OnSave(_Hook):
     """Stands in for a module's ``on_save_checkpoint``: adds the record, also to files of weights only.
 
     Args:
@@ -103,14 +178,37 @@ class OnSave:
 
     def __init__(self, module: LightningModule, record: dict[str, Any]) -> None:
         """See the class."""
-        self.original = module.on_save_checkpoint
-        self.record = record
+        super().__init__(module, "on_save_checkpoint", record)
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         """Do what the module itself does, then add the record."""
         self.original(checkpoint)
-        if self.record:
-            checkpoint[KEY] = dict(self.record)
+        put_record(checkpoint, self.record)
+
+
+def put_record(checkpoint: dict[str, Any], record: Mapping[str, Any]) -> None:
+    """Add a record to a checkpoint, as it is now; checkpoints may be written later by another thread."""
+    if record:
+        checkpoint[KEY] = copy.deepcopy(dict(record))
+
+
+def wrap_hooks(
+    module: LightningModule, record: dict[str, Any], copies: Callable[[LightningModule], Sequence[LightningModule]]
+) -> None:
+    """Have a module's checkpoints carry the record, and its loading fit the widths."""
+    unwrap_hooks(module)
+    module.on_load_checkpoint = OnLoad(module, record, copies)  # type: ignore[method-assign]
+    module.on_save_checkpoint = OnSave(module, record)  # type: ignore[method-assign]
+
+
+def unwrap_hooks(module: LightningModule) -> None:
+    """Leave a module as it was before :func:`wrap_hooks`."""
+    for name in ("on_load_checkpoint", "on_save_checkpoint"):
+        hook = vars(module).get(name)
+        if isinstance(hook, _Hook):
+            del vars(module)[name]
+            if hook.was_set:
+                vars(module)[name] = hook.original
 
 
 def load_pruned(path: str | Path, model: type[Module] | Module, **kwargs: Any) -> Module:
@@ -120,13 +218,15 @@ def load_pruned(path: str | Path, model: type[Module] | Module, **kwargs: Any) -
         path: The checkpoint file.
         model: The LightningModule class, built from the saved hyperparameters as ``load_from_checkpoint`` does, or an
             instance of any width.
-        **kwargs: Passed to ``load_from_checkpoint``; for an instance only ``map_location`` and ``strict`` count.
+        **kwargs: For a class, whatever ``load_from_checkpoint`` takes: ``map_location``, ``strict``, ``weights_only``,
+            other values for hyperparameters. For an instance the first three.
 
     Returns:
-        The loaded module, of the very class that was given.
+        The loaded module, of the very class that was given; a given instance is that instance.
 
     Raises:
-        ConfigurationError: If the file was pruned from another network or by an incompatible version.
+        ConfigurationError: If the file was pruned from another network or by an incompatible version, or an argument is
+            not known.
 
     Example:
         >>> import lightning as L, tempfile, torch
@@ -138,23 +238,50 @@ def load_pruned(path: str | Path, model: type[Module] | Module, **kwargs: Any) -
         >>> _ = small.net.weight.data.set_(torch.ones(3, 4)), small.net.bias.data.set_(torch.ones(3))
         >>> with tempfile.NamedTemporaryFile(suffix=".ckpt") as file:
         ...     torch.save({"state_dict": small.state_dict()}, file.name)
-        ...     load_pruned(file.name, Net()).net.weight.shape
-        torch.Size([3, 4])
+        ...     load_pruned(file.name, Net()).net
+        Linear(in_features=4, out_features=3, bias=True)
     """
+    safely = kwargs.get("weights_only") is not False
     if isinstance(model, LightningModule):
-        checkpoint = torch.load(path, map_location=kwargs.get("map_location", "cpu"), weights_only=True)
-        resize_to(model, checkpoint["state_dict"], checkpoint.get(KEY, {}))
-        model.on_load_checkpoint(checkpoint)
-        model.load_state_dict(checkpoint["state_dict"], strict=kwargs.get("strict", True))
-        return model
-    given: type[LightningModule] = model
+        if unknown := kwargs.keys() - {"map_location", "strict", "weights_only"}:
+            raise ConfigurationError(
+                f"{', '.join(sorted(unknown))} cannot be given when loading into an instance, which has its arguments "
+                f"already. Give its class to have it made anew."
+            )
+        checkpoint = torch.load(path, map_location=kwargs.get("map_location", "cpu"), weights_only=safely)
+        strict = kwargs.get("strict")
+        return _load_into(model, checkpoint, model.strict_loading if strict is None else strict)
+    # Read here for its record alone; mapped, so that a large file is not read twice.
+    record = torch.load(path, map_location="cpu", weights_only=safely, mmap=True).get(KEY, {})
+    with _resizing_load(model, record):
+        return cast(Module, model.load_from_checkpoint(path, **kwargs))
 
-    class Resized(given):  # type: ignore[misc, valid-type]
-        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            resize_to(self, checkpoint["state_dict"], checkpoint.get(KEY, {}))
-            super().on_load_checkpoint(checkpoint)
 
-    Resized.__name__, Resized.__qualname__, Resized.__module__ = given.__name__, given.__qualname__, given.__module__
-    loaded = Resized.load_from_checkpoint(path, **kwargs)
-    loaded.__class__ = given
-    return cast(Module, loaded)
+def _load_into(model: Module, checkpoint: dict[str, Any], strict: bool) -> Module:
+    record = checkpoint.get(KEY, {})
+    refuse_foreign(model, checkpoint["state_dict"], record)
+    resize_to(model, checkpoint["state_dict"], record)
+    model.on_load_checkpoint(checkpoint)
+    model.load_state_dict(checkpoint["state_dict"], strict=strict)
+    return model
+
+
+@contextmanager
+def _resizing_load(kind: type[LightningModule], record: Mapping[str, Any]) -> Iterator[None]:
+    """Let instances of a class (or of its subclasses, which a checkpoint may name) take in any width for a while."""
+    own = vars(kind).get("load_state_dict")
+    original = kind.load_state_dict
+
+    def load_state_dict(self: LightningModule, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        refuse_foreign(self, state_dict, record)
+        resize_to(self, state_dict, record)
+        return original(self, state_dict, *args, **kwargs)
+
+    kind.load_state_dict = load_state_dict  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if own is None:
+            del kind.load_state_dict  # type: ignore[misc]
+        else:
+            kind.load_state_dict = own  # type: ignore[method-assign]

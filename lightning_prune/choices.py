@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 from lightning_prune.errors import ConfigurationError
 
+_MOST = 12
+"""Most names that a message lists."""
+
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigurationError:
     """The error to raise for a name that is not among the known ones.
@@ -23,7 +26,12 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> Configuration
         >>> print(unknown_name("criterion", "talor", ["l1", "taylor"]))
         unknown criterion 'talor': did you mean 'taylor'? Known: 'l1', 'taylor'.
     """
-    names = list(known)
-    nearest = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
-    hint = f" did you mean {nearest[0]!r}?" if nearest else ""
-    return ConfigurationError(f"unknown {kind} {name!r}:{hint} Known: {', '.join(map(repr, names))}.")
+    by_lower = {known_name.lower(): known_name for known_name in known}
+    close = [by_lower[found] for found in difflib.get_close_matches(str(name).lower(), by_lower, n=_MOST, cutoff=0.5)]
+    hint = f" did you mean {close[0]!r}?" if close else ""
+    if len(by_lower) <= _MOST:
+        listed = f" Known: {', '.join(map(repr, by_lower.values()))}."
+    else:
+        shown = close[1:] or list(by_lower.values())[:_MOST]
+        listed = f" Among the {len(by_lower)} known: {', '.join(map(repr, shown))}."
+    return ConfigurationError(f"unknown {kind} {name!r}:{hint}{listed}")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import nn
@@ -56,8 +58,6 @@ def _doubtful_words(message: str) -> list[str]:
 
 def _known_words(parser: ArgumentParser) -> Iterator[str]:
     """Names of options at any depth, and of what this package exports."""
-    import inspect
-
     import lightning_prune
 
     for action in parser._actions:
@@ -67,13 +67,14 @@ def _known_words(parser: ArgumentParser) -> Iterator[str]:
         value = getattr(lightning_prune, name)
         yield name
         if inspect.isclass(value):
-            yield from (p for p in inspect.signature(value).parameters if p not in ("args", "kwargs"))
+            yield from inspect.signature(value.__init__).parameters
 
 
 class PruneCLI(LightningCLI):
     """A LightningCLI for any model and any data module, given by their class paths."""
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -86,7 +87,9 @@ class PruneCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser that helps with mistyped names."""
-        return _HelpfulParser(**kwargs)
+        parser = _HelpfulParser(**kwargs)
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML or JSON file to take options from")
+        return parser
 
 
 def _model_parser(description: str) -> ArgumentParser:

@@ -180,7 +180,7 @@ class PruningCallback(Callback, ABC):
         say(trainer, self._report.table())
         directory = self._output_directory(trainer)
         if directory is not None:
-            trainer.save_checkpoint(directory / "pruned.ckpt")
+            trainer.save_checkpoint(directory / "pruned.ckpt", weights_only=False)
             if trainer.is_global_zero:
                 self._report.save(directory)
         for handle in self._handles:

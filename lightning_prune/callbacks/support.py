@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import astuple
 
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.schedules import Position
@@ -35,13 +39,12 @@ def refuse_unsupported(trainer: Trainer, shrinks: bool) -> None:
 
 
 def length_of(trainer: Trainer) -> Position:
-    """Length of the whole fit; ``inf`` where no end is set. Only known once training has started."""
+    """Length of the whole fit; ``inf`` where no end is set or it is not known. Only known once training has started."""
     epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
-    steps = float(trainer.estimated_stepping_batches)
-    batches = trainer.num_training_batches
-    per_epoch = batches / trainer.accumulate_grad_batches
-    if math.isinf(epochs) and math.isfinite(steps) and math.isfinite(per_epoch) and per_epoch > 0:
-        epochs = steps / math.ceil(per_epoch)
+    steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
+    if _automatic(trainer) and math.isfinite(trainer.num_training_batches):
+        per_epoch = max(math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches), 1)
+        epochs, steps = min(epochs, steps / per_epoch), min(steps, epochs * per_epoch)
     return Position(epochs, steps, 1.0)
 
 
@@ -49,9 +52,22 @@ def position_of(trainer: Trainer, batch_idx: int = 0) -> Position:
     """How far the fit has come."""
     batches = trainer.num_training_batches
     inside = batch_idx / batches if math.isfinite(batches) and batches else 0.0
-    epoch, step, length = trainer.current_epoch + inside, trainer.global_step, length_of(trainer)
-    shares = [done / whole for done, whole in ((epoch, length.epoch), (step, length.step)) if 0 < whole < math.inf]
+    epoch, step = trainer.current_epoch + inside, trainer.global_step
+    # Against the ends that are set, not the estimated ones: a step may take another number of batches in each epoch, or
+    # with manual optimization be one of several for the same batch.
+    ends = ((epoch, trainer.max_epochs), (step, trainer.max_steps))
+    shares = [done / end for done, end in ends if end is not None and end > 0]
     return Position(epoch, step, min(max(shares, default=0.0), 1.0))
+
+
+def last_position_of(trainer: Trainer) -> Position:
+    """How far a fit has come that is over: what was due before its end is due by now, what was due at its end is not."""
+    done, length = position_of(trainer), length_of(trainer)
+    return Position(*(min(d, whole * (1 - 1e-6)) for d, whole in zip(astuple(done), astuple(length), strict=True)))
+
+
+def _automatic(trainer: Trainer) -> bool:
+    return trainer.lightning_module is not None and trainer.lightning_module.automatic_optimization
 
 
 def say(trainer: Trainer, message: str) -> None:
@@ -76,10 +92,16 @@ def rewrap(trainer: Trainer) -> None:
         strategy._pl_static_graph_delay_done = False
 
 
-def shadows(trainer: Trainer, pl_module: LightningModule) -> list[LightningModule]:
-    """Copies of the module that other callbacks hold (averages of weights, say) and that must keep its shape."""
-    from torch.nn import Module
+def shadows(pl_module: LightningModule) -> list[LightningModule]:
+    """Averages of the module's weights that other callbacks hold, and that must keep its shape.
 
-    held = [value for callback in trainer.callbacks for value in vars(callback).values() if isinstance(value, Module)]  # type: ignore[attr-defined]
-    inside = (module for value in held for module in value.modules())
+    Other copies, such as the teacher of a distillation, are not touched.
+    """
+    trainer = pl_module._trainer
+    averages: list[nn.Module] = []
+    for callback in trainer.callbacks if trainer is not None else ():  # type: ignore[attr-defined]
+        averaging = isinstance(callback, (WeightAveraging, StochasticWeightAveraging))
+        held = [value for value in vars(callback).values() if isinstance(value, nn.Module)]
+        averages += [value for value in held if averaging or isinstance(value, AveragedModel)]
+    inside = (module for average in averages for module in average.modules())
     return [module for module in inside if module is not pl_module and type(module) is type(pl_module)]

@@ -71,7 +71,8 @@ def align(plane: Plane, ndim: int) -> Plane:
 
 @cache
 def _library_roots() -> tuple[str, ...]:
-    roots = [str(Path(__file__).parent.parent) + os.sep]
+    package = Path(__file__).parent.parent
+    roots = [str(package / part) + os.sep for part in ("graph", "surgery", "probe", "callbacks")]
     for name in ("torch", "lightning", "pytorch_lightning"):
         spec = find_spec(name)
         if spec is not None and spec.origin is not None:

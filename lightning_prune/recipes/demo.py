@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from pathlib import Path
 
 import torch
-from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import Tensor
 
 from lightning_prune.callbacks.channels import ChannelPruning
@@ -27,21 +28,37 @@ def run_demo(out: str = "prune-demo", epochs: int | None = None, seed: int = 0) 
     """
     from lightning_prune.cli import PruneCLI
 
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    _quiet()
     words = ["--config", str(RECIPE), "--seed_everything", str(seed)]
     words += ["--trainer.max_epochs", str(epochs)] if epochs is not None else []
     print(f"The dense network, {RECIPE.name} without its callback:")
-    dense = PruneCLI([*words, "--trainer.callbacks", "null"], run=False)
+    dense = PruneCLI(words, run=False)
+    dense.trainer.callbacks = [c for c in _callbacks(dense.trainer) if not isinstance(c, ChannelPruning)]  # type: ignore[attr-defined]
     dense_accuracy = _train_and_test(dense.trainer, dense.model, dense.datamodule, seed)
     print("\nThe same fit with one callback added, ChannelPruning:")
     pruned = PruneCLI(words, run=False)
-    callback = next(c for c in pruned.trainer.callbacks if isinstance(c, ChannelPruning))  # type: ignore[attr-defined]
+    callback = next(c for c in _callbacks(pruned.trainer) if isinstance(c, ChannelPruning))
     callback.directory = out
     accuracy = _train_and_test(pruned.trainer, pruned.model, pruned.datamodule, seed)
+    for done in callback.report.history:
+        print(f"  epoch {done.epoch}: {done.removed:.1%} of the {callback.of} gone")
+    print(f"\n{callback.report.table()}")
     print(f"\ntest accuracy: dense {dense_accuracy:.2%}, pruned {accuracy:.2%}")
     _load_again(pruned.model, pruned.datamodule, Path(out) / "pruned.ckpt")
     print(f"\nwritten to {out}/: report.txt, report.csv, report.json, widths.png, pruned.ckpt")
     print(f"the same as a config: lightning-prune fit --config {RECIPE}")
+
+
+def _quiet() -> None:
+    """Leave the screen to the demo: none of Lightning's advice on hardware and loaders."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*LeafSpec.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def _train_and_test(trainer: Trainer, model: LightningModule, data: LightningDataModule, seed: int) -> float:

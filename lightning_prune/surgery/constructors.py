@@ -7,9 +7,11 @@ meta device, with one integer doubled at a time, shows which dimension of which 
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,63 +20,96 @@ from lightning_prune.surgery.attributes import Setting
 
 Shapes = dict[str, tuple[int, ...]]
 Argument = tuple[str, int | None]
+Laws = dict[tuple[str, int], dict[Argument, int]]
+"""For each dimension of each tensor, the arguments that multiply (+1) or divide (-1) its size."""
 
 
-def described_settings(
-    model: nn.Module, before: Mapping[str, tuple[int, ...]], known: Mapping[Setting, Fraction]
-) -> dict[Setting, int]:
-    """New values of descriptive attributes after tensors changed their size.
+class Description(NamedTuple):
+    """What a module that owns tensors said of itself before anything was resized."""
+
+    path: str
+    module: nn.Module
+    arguments: dict[str, Any]
+    shapes: Shapes
+
+
+class Descriptions:
+    """Follows descriptive attributes through a resize; made before it.
 
     Args:
-        model: The network, already resized.
-        before: Shapes of the tensors that were resized, by full name, as they were before.
-        known: Settings whose change (new value / old value) is already known, among them those that do not change.
+        model: The network, not resized yet.
     """
-    result: dict[Setting, int] = {}
-    cache: dict[Any, Any] = {}
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        now = _own_shapes(module)
-        old = {name: before.get(prefix + name, shape) for name, shape in now.items()}
-        if old == now:
-            continue
-        arguments = _constructor_arguments(module)
-        if arguments is None:
-            continue
-        key = (type(module), repr(sorted(arguments.items(), key=lambda item: item[0])))
-        if key not in cache:
-            cache[key] = _laws(type(module), arguments, old)
-        ratios = {
-            (s.attribute, s.element): ratio for s, ratio in known.items() if s.module == path
-        }  # fmt: skip
-        for argument, ratio in _solve(cache[key], old, now, ratios).items():
-            value = ratio * _value(arguments, argument)
-            if value.denominator == 1:
-                result[Setting(path, *argument)] = int(value)
-    return result
+
+    def __init__(self, model: nn.Module) -> None:
+        """See the class."""
+        self._laws: dict[str, Laws] = {}
+        self._modules = []
+        for path, module in model.named_modules():
+            shapes = _own_shapes(module)
+            arguments = _constructor_arguments(module) if shapes else None
+            if arguments is not None and _integers(arguments):
+                self._modules.append(Description(path, module, arguments, shapes))
+
+    def settings(self, known: Mapping[Setting, Fraction]) -> dict[Setting, int]:
+        """New values of descriptive attributes, now that tensors have another size.
+
+        Args:
+            known: Settings whose change (new value / old value) is already known, among them those that do not change.
+        """
+        ratios: dict[str, dict[Argument, Fraction]] = defaultdict(dict)
+        for setting, ratio in known.items():
+            ratios[setting.module][setting.attribute, setting.element] = ratio
+        result: dict[Setting, int] = {}
+        for description in self._modules:
+            path, module, arguments, old = description
+            now = _own_shapes(module)
+            if old == now:
+                continue
+            for argument, ratio in _solve(self._laws_of(description), old, now, ratios[path]).items():
+                value = ratio * _value(arguments, argument)
+                if value.denominator == 1:
+                    result[Setting(path, *argument)] = int(value)
+        return result
+
+    def _laws_of(self, description: Description) -> Laws:
+        """Laws are the same for all modules built alike."""
+        _, module, arguments, shapes = description
+        key = f"{type(module).__qualname__} {id(type(module))} {sorted(arguments.items(), key=lambda item: item[0])}"
+        if key not in self._laws:
+            self._laws[key] = _laws(type(module), arguments, shapes)
+        return self._laws[key]
 
 
 def _own_shapes(module: nn.Module) -> Shapes:
-    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    return {name: tuple(tensor.shape) for name, tensor in own}
+    own = {**module._parameters, **module._buffers}
+    return {name: tuple(tensor.shape) for name, tensor in own.items() if tensor is not None}
 
 
 def _constructor_arguments(module: nn.Module) -> dict[str, Any] | None:
     """The arguments the module would be built from, as far as its attributes of the same names tell."""
     arguments: dict[str, Any] = {}
-    for name, parameter in inspect.signature(type(module).__init__).parameters.items():
-        if name == "self" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+    for name, parameter in _signature(type(module)).items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        if hasattr(module, name):
+        try:
             value = getattr(module, name)
-            if isinstance(value, Tensor):
-                value = True
-            elif value is None and isinstance(parameter.default, bool):
-                value = False
-            arguments[name] = value
-        elif parameter.default is parameter.empty:
-            return None
+        except Exception:  # missing, or a property of the user's that raises whatever it likes
+            if parameter.default is parameter.empty:
+                return None
+            continue
+        if isinstance(value, Tensor):
+            value = True
+        elif value is None and isinstance(parameter.default, bool):
+            value = False
+        arguments[name] = value
     return arguments
+
+
+@cache
+def _signature(kind: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
+    parameters = dict(inspect.signature(kind.__init__).parameters)
+    parameters.pop("self", None)
+    return parameters
 
 
 def _value(arguments: Mapping[str, Any], argument: Argument) -> int:
@@ -102,12 +137,11 @@ def _built_shapes(kind: type[nn.Module], arguments: Mapping[str, Any]) -> Shapes
         return None
 
 
-def _laws(kind: type[nn.Module], arguments: dict[str, Any], shapes: Shapes) -> dict[tuple[str, int], dict[Argument, int]]:
-    """For each dimension of each tensor, which arguments multiply (+1) or divide (-1) its size."""
+def _laws(kind: type[nn.Module], arguments: Mapping[str, Any], shapes: Shapes) -> Laws:
     built = _built_shapes(kind, arguments)
     if built != shapes:
         return {}
-    laws: dict[tuple[str, int], dict[Argument, int]] = {}
+    laws: Laws = {}
     for argument in _integers(arguments):
         for ratio in (Fraction(2), Fraction(1, 2)):
             changed = _scaled(arguments, argument, ratio)
@@ -115,10 +149,10 @@ def _laws(kind: type[nn.Module], arguments: dict[str, Any], shapes: Shapes) -> d
             if other is None or other.keys() != shapes.keys():
                 continue
             for name, shape in shapes.items():
-                for dim, (old, new) in enumerate(zip(shape, other[name], strict=True)):
-                    if Fraction(new, old) == ratio:
+                for dim, (old, new) in enumerate(zip(shape, other[name], strict=False)):
+                    if new == ratio * old != old:
                         laws.setdefault((name, dim), {})[argument] = 1
-                    elif Fraction(new, old) == 1 / ratio:
+                    elif new * ratio == old != new:
                         laws.setdefault((name, dim), {})[argument] = -1
             break
     return laws
@@ -134,9 +168,7 @@ def _integers(arguments: Mapping[str, Any]) -> list[Argument]:
     return found
 
 
-def _solve(
-    laws: Mapping[tuple[str, int], Mapping[Argument, int]], old: Shapes, new: Shapes, known: Mapping[Argument, Fraction]
-) -> dict[Argument, Fraction]:
+def _solve(laws: Laws, old: Shapes, new: Shapes, known: Mapping[Argument, Fraction]) -> dict[Argument, Fraction]:
     """Ratios of the arguments: each dimension with a single unknown gives one."""
     ratios = dict(known)
     progress = True

@@ -22,7 +22,7 @@ from lightning_prune.surgery.attributes import (
     write_settings,
 )
 from lightning_prune.surgery.check import Checker, Expectation
-from lightning_prune.surgery.constructors import described_settings
+from lightning_prune.surgery.constructors import Descriptions
 from lightning_prune.surgery.resize import Cut, Saved, plan_cuts, resize, restore
 
 
@@ -46,7 +46,7 @@ class Transaction:
         self.kept = kept_labels(self.analysis, keep)
         self.cuts: dict[str, list[Cut]] = plan_cuts(graph, keep)
         self.original = integer_settings(model)
-        self.before = {name: tuple(self.tensors[name].shape) for name in self.cuts}
+        self.descriptions = Descriptions(model)
         self.saved: list[Saved] = resize(self.tensors, self.cuts)
         self.settings: dict[Setting, int] = {}
 
@@ -56,7 +56,7 @@ class Transaction:
         Raises:
             UnsolvedError: If it does not.
         """
-        values = {**self.original, **described_settings(self.model, self.before, {})}
+        values = {**self.original, **self._described({})}
         used: set[Setting] = set()
         write_settings(self.model, values)
         expectation = Expectation(self.analysis, self.kept)
@@ -75,9 +75,12 @@ class Transaction:
                 unsolved.run = run
                 raise unsolved from error
         known = {s: Fraction(values[s], self.original[s]) for s in used if self.original[s] != 0}
-        values.update(described_settings(self.model, self.before, known))
+        values.update(self._described(known))
         write_settings(self.model, values)
         self.settings = {s: value for s, value in values.items() if value != self.original[s]}
+
+    def _described(self, known: Mapping[Setting, Fraction]) -> dict[Setting, int]:
+        return {s: value for s, value in self.descriptions.settings(known).items() if s in self.original}
 
     def undo(self) -> None:
         """Put everything back."""

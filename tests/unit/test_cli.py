@@ -1,0 +1,177 @@
+"""The command line, as a person would type it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_prune.cli import main
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "digits.yaml"
+SMALL = [
+    "--model.init_args.width=8",
+    "--model.init_args.blocks=1",
+    "--trainer.max_epochs=2",
+    "--trainer.limit_train_batches=4",
+    "--trainer.limit_val_batches=1",
+    "--trainer.accelerator=cpu",
+    "--trainer.logger=false",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--seed_everything=3",
+]
+
+
+def said(capsys, words):
+    """Exit status of a command, what it printed, and what it complained about."""
+    try:
+        status = main(words)
+    except SystemExit as leaving:
+        status = leaving.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_help_names_every_command(capsys):
+    status, out, _ = said(capsys, [])
+    assert status == 0
+    for command in ("demo", "fit", "validate", "test", "predict", "inspect", "report", "export"):
+        assert f"  {command}" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["fitt"], "did you mean 'fit'?"),
+        (["inspect", "torchvision.models.resnet19", "--shape", "[1,3,32,32]"], "did you mean 'resnet18'?"),
+        (["inspect", "torchvison.models.resnet18", "--shape", "[1,3,32,32]"], "cannot import 'torchvison.models'"),
+        (["inspect", "torchvision.models.resnet18"], "--shape"),
+        (["inspect", "torchvision.models.list_models", "--shape", "[1]"], "makes a list, not a torch module"),
+    ],
+)
+def test_a_wrong_word_gets_help(capsys, words, hint):
+    status, _, err = said(capsys, words)
+    assert status == 2
+    assert hint in err
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("--trainer.callbacks.criterion=talor", "did you mean 'taylor'?"),
+        ("--trainer.callbacks.criterian=l2", "did you mean 'criterion'?"),
+        ("--trainer.callbacks.schedule=cubik", "did you mean 'cubic'?"),
+        ("--trainer.max_epocs=3", "did you mean 'trainer.max_epochs'?"),
+    ],
+)
+def test_a_mistyped_option_gets_help(capsys, option, hint):
+    words = ["fit", "--config", str(EXAMPLE), "--trainer.callbacks=lightning_prune.ChannelPruning", option]
+    status, _, err = said(capsys, words)
+    assert status == 2
+    assert hint in err
+
+
+def test_inspect_prints_groups_refusals_and_costs(capsys):
+    status, out, _ = said(
+        capsys, ["inspect", "lightning_prune.recipes.DigitsResNet", "--init", '{"width": 8}', "--shape", "[2,1,8,8]"]
+    )
+    assert status == 0
+    assert re.search(r"net\.0 +8 ", out)
+    assert "MACs for one sample" in out
+    assert "net.11.weight (dim 0): is an output of the network" in out
+
+
+def test_print_config_shows_every_default(capsys):
+    status, out, _ = said(capsys, ["fit", "--config", str(EXAMPLE), "--print_config"])
+    assert status == 0
+    assert "criterion: l2" in out
+    assert "min_channels: 1" in out
+
+
+USERS_OWN_SCRIPT = """
+import sys
+from lightning.pytorch.cli import LightningCLI
+from lightning_prune.datamodules import DigitsDataModule
+from lightning_prune.recipes import DigitsResNet
+
+if __name__ == "__main__":
+    cli = LightningCLI(DigitsResNet, DigitsDataModule, run=False, save_config_callback=None)
+    cli.trainer.fit(cli.model, cli.datamodule)
+"""
+
+
+@pytest.mark.recipe
+def test_python_yaml_and_a_users_own_cli_give_the_same_widths(tmp_path, monkeypatch, capsys):
+    import lightning as L
+
+    from lightning_prune import ChannelPruning
+    from lightning_prune.datamodules import DigitsDataModule
+    from lightning_prune.recipes import DigitsResNet
+
+    def widths_of(folder):
+        report = json.loads((folder / "report.json").read_text())
+        return {row["name"]: row["after"] for row in report["groups"]}
+
+    L.seed_everything(3)
+    model, data = DigitsResNet(width=8, blocks=1), DigitsDataModule()
+    callback = ChannelPruning(remove=0.5, of="macs", directory=str(tmp_path / "python"))
+    trainer = L.Trainer(
+        max_epochs=2, limit_train_batches=4, limit_val_batches=1, accelerator="cpu", logger=False, callbacks=[callback],
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(model, data)
+    in_python = widths_of(tmp_path / "python")
+
+    monkeypatch.chdir(tmp_path)
+    config = EXAMPLE.read_text().replace("of: macs}", f"of: macs, directory: {tmp_path / 'yaml'}}}")
+    (tmp_path / "config.yaml").write_text(config)
+    status, _, err = said(capsys, ["fit", "--config", str(tmp_path / "config.yaml"), *SMALL])
+    assert status == 0, err
+
+    own = config.replace("class_path: lightning_prune.recipes.DigitsResNet", "width: 8\n  blocks: 1")
+    own = own.replace("class_path: lightning_prune.datamodules.DigitsDataModule", "batch_size: 64")
+    (tmp_path / "own.yaml").write_text(own.replace(str(tmp_path / "yaml"), str(tmp_path / "own")))
+    (tmp_path / "own.py").write_text(USERS_OWN_SCRIPT)
+    options = [option for option in SMALL if not option.startswith("--model")]
+    run = subprocess.run(
+        [sys.executable, "own.py", "--config", "own.yaml", *options], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert widths_of(tmp_path / "yaml") == in_python
+    assert widths_of(tmp_path / "own") == in_python
+    before = {row["name"]: row["before"] for row in json.loads((tmp_path / "own/report.json").read_text())["groups"]}
+    assert sum(in_python.values()) < sum(before.values())
+
+
+@pytest.mark.recipe
+def test_the_demo_does_the_main_job(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = said(capsys, ["demo", "--epochs", "4", "--out", "made"])
+    assert status == 0, err
+    assert "predicts the same on all 360 test images" in out
+    assert "test accuracy: dense" in out
+    made = tmp_path / "made"
+    assert {"pruned.ckpt", "report.csv", "report.json", "report.txt", "widths.png"} <= {p.name for p in made.iterdir()}
+    report = json.loads((made / "report.json").read_text())
+    assert report["reached"] >= 0.6
+    assert report["after"]["macs"] < 0.4 * report["before"]["macs"]
+
+    status, out, _ = said(capsys, ["report", "made", "--save", "again"])
+    assert status == 0
+    assert (made / "report.txt").read_text().strip() == out.strip()
+    assert (tmp_path / "again" / "report.csv").read_text() == (made / "report.csv").read_text()
+
+    words = ["export", "lightning_prune.recipes.DigitsResNet", "made/pruned.ckpt", "--shape", "[2,1,8,8]"]
+    status, out, err = said(capsys, [*words, "--format", "pt2", "--out", "net.pt2"])
+    assert status == 0, err
+    from lightning_prune import load_pruned
+    from lightning_prune.recipes import DigitsResNet
+
+    images = torch.rand(2, 1, 8, 8)
+    network = load_pruned("made/pruned.ckpt", DigitsResNet).eval()
+    with torch.no_grad():
+        assert torch.equal(torch.export.load("net.pt2").module()(images), network(images))

@@ -66,8 +66,12 @@ class Limits:
         return min(multiple, present)
 
 
-def check_fraction(remove: float) -> float:
+def check_fraction(remove: float, name: str = "remove") -> float:
     """Refuse a fraction to remove that is not in [0, 1).
+
+    Args:
+        remove: The fraction.
+        name: What to call it in the error.
 
     Returns:
         The fraction.
@@ -81,7 +85,7 @@ def check_fraction(remove: float) -> float:
     """
     if not 0 <= remove < 1:
         hint = f" Did you mean {remove / 100:g}?" if 1 < remove < 100 else ""
-        raise ConfigurationError(f"remove must be a fraction in [0, 1), but is {remove}.{hint}")
+        raise ConfigurationError(f"{name} must be a fraction in [0, 1), but is {remove}.{hint}")
     return remove
 
 
@@ -127,6 +131,7 @@ def select(
     patterns: Mapping[str, Hashable] | None = None,
     ratios: Mapping[str, float] | None = None,
     keep: Mapping[str, Tensor] | None = None,
+    dense: float | None = None,
     of: str = "cost",
 ) -> dict[str, Tensor]:
     """Choose the units to keep so that the network costs as nearly as possible what it may.
@@ -149,6 +154,7 @@ def select(
         patterns: Shape pattern by group, for the isomorphic scope. A group without one is compared with none.
         ratios: Groups that lose a fixed fraction of their original width, whatever the budget.
         keep: Present bool masks of shape ``[units]``; what is off in them stays off, whatever its score.
+        dense: Cost before any pruning, for messages; default: the cost at the original widths.
         of: What the cost measures, for messages.
 
     Returns:
@@ -192,7 +198,8 @@ def select(
     counts = range(len(owners) + 1)
     lowest = bisect_left(counts, True, key=lambda count: cost_without(count) <= allowed + tolerance)
     if lowest == len(counts):
-        raise _out_of_reach(list(scores), present, original, cost, limits, ratios, allowed, of)
+        whole = cost(original) if dense is None else dense
+        raise _out_of_reach(list(scores), present, original, cost, limits, ratios, allowed, whole, of)
     if lowest > 0 and cost_without(lowest - 1) - allowed < allowed - cost_without(lowest) - tolerance:
         lowest -= 1
     final = widths_without(lowest)
@@ -272,10 +279,10 @@ def _out_of_reach(
     limits: Limits,
     ratios: Mapping[str, float],
     allowed: float,
+    dense: float,
     of: str,
 ) -> BudgetError:
     """The error that says how much can be reached and what holds back the rest."""
-    dense = cost(original)
 
     def removed(with_limits: Limits) -> float:
         return 1 - cost(_narrowest(groups, present, original, with_limits, ratios)) / dense

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import weakref
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -19,15 +20,22 @@ from typing_extensions import override
 
 from lightning_prune.budget import check_fraction
 from lightning_prune.callbacks.network import Network
-from lightning_prune.callbacks.support import length_of, position_of, refuse_unsupported, say, shadows
-from lightning_prune.checkpoint import VERSION, OnLoad, OnSave, plain_settings
+from lightning_prune.callbacks.outcome import log_final_metrics, log_metrics, make_report, save_outcome
+from lightning_prune.callbacks.support import (
+    last_position_of,
+    length_of,
+    position_of,
+    refuse_unsupported,
+    say,
+    shadows,
+)
+from lightning_prune.checkpoint import VERSION, put_record, unwrap_hooks, wrap_hooks
 from lightning_prune.choices import unknown_name
-from lightning_prune.errors import ConfigurationError
+from lightning_prune.errors import ConfigurationError, PruneError
 from lightning_prune.probe import Probe
-from lightning_prune.probe.data import NoBatchError
 from lightning_prune.reinit import Keep, Reinit, ReinitName, reinit_from
-from lightning_prune.report import GroupWidth, PruneReport, Request, Round, Totals
-from lightning_prune.schedules import Schedule, ScheduleName, schedule_from
+from lightning_prune.report import PruneReport, Request
+from lightning_prune.schedules import Position, Schedule, ScheduleName, schedule_from
 
 Shrink = Literal["rounds", "end", "never"]
 
@@ -72,6 +80,8 @@ class PruningCallback(Callback, ABC):
         self._network: Network | None = None
         self._probe: Probe | None = None
         self._handles: list[RemovableHandle] = []
+        self._observing = False
+        self._logged_epoch = -1
         self._report: PruneReport | None = None
 
     # What a method decides -------------------------------------------------------------------------------------------
@@ -106,62 +116,72 @@ class PruningCallback(Callback, ABC):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        others = [c for c in trainer.callbacks if isinstance(c, PruningCallback) and c is not self]  # type: ignore[attr-defined]
-        if others:
-            names = ", ".join(type(c).__name__ for c in (self, *others))
-            raise ConfigurationError(f"only one callback can decide what is pruned in a fit, but there are: {names}")
+        deciding = [c for c in trainer.callbacks if isinstance(c, (PruningCallback, ModelPruning))]  # type: ignore[attr-defined]
+        if len(deciding) > 1:
+            names = ", ".join(type(callback).__name__ for callback in deciding)
+            raise ConfigurationError(
+                f"only one callback can decide what is pruned in a fit, but there are {len(deciding)}: {names}. Keep "
+                f"one of them, or fit once with each."
+            )
         if stage == "fit":
             refuse_unsupported(trainer, self.shrink != "never")
         if self._module is None or self._module() is not pl_module:
             self._module = weakref.ref(pl_module)
             self._record.clear()
-        copies = shadows(trainer, pl_module)
-        pl_module.on_load_checkpoint = OnLoad(pl_module, self._record, copies)  # type: ignore[method-assign]
-        pl_module.on_save_checkpoint = OnSave(pl_module, self._record)  # type: ignore[method-assign]
+        wrap_hooks(pl_module, self._record, shadows)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for name in ("on_load_checkpoint", "on_save_checkpoint"):
-            pl_module.__dict__.pop(name, None)
-        self._release()
+        self._release(pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._release()
+        self._release(pl_module)
 
-    def _release(self) -> None:
+    def _release(self, pl_module: LightningModule) -> None:
+        """Leave nothing of ours on the module and its optimizers."""
+        unwrap_hooks(pl_module)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._network = self._probe = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of the callback takes along: nothing of the running fit."""
+        return {**self.__dict__, "_module": None, "_network": None, "_probe": None, "_handles": []}
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # The module's own hook does this too, for files of weights only; but not after an exception or the fit's end.
+        put_record(checkpoint, self._record)
+
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._probe = Probe(trainer, pl_module)
-        if warning := self._schedule.check(length_of(trainer)):
-            rank_zero_warn(warning)
-        try:
+        self._check_schedule(trainer)
+        # Batches of a new loader are preferred to those that training sees: a resumed fit gets the same ones.
+        self._observing = not self._probe.ready()
+        self._logged_epoch = -1
+        if not self._observing:
             self._begin(trainer, pl_module)
-        except NoBatchError:
-            if pl_module.example_input_array is not None:
-                raise
-            return
-        self._round_if_due(trainer)
+            self._round_if_due(trainer, position_of(trainer))
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._round_if_due(trainer)
-        if self._record:
-            for name in ("removed", "channels", "parameters", "macs"):
-                pl_module.log(f"prune/{name}", float(self._record["now"][name]), rank_zero_only=False)
+        self._round_if_due(trainer, position_of(trainer))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        assert self._probe is not None
-        self._probe.observe(batch)
-        if self._network is None:
-            self._begin(trainer, pl_module)
-        self._round_if_due(trainer, batch_idx)
+        if self._observing:
+            assert self._probe is not None
+            self._probe.observe(batch)
+            if self._network is None:
+                self._begin(trainer, pl_module)
+        # Logged from this hook alone: Lightning tells values of the same name apart by hook, and a fit that is resumed
+        # in the middle of an epoch does not come by the start of that epoch.
+        if self._round_if_due(trainer, position_of(trainer, batch_idx)) or self._logged_epoch != trainer.current_epoch:
+            log_metrics(trainer, pl_module, self._record["now"])
+            self._logged_epoch = trainer.current_epoch
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -173,77 +193,88 @@ class PruningCallback(Callback, ABC):
         network = self._network
         if network is None:
             return
-        if self.shrink == "end":
-            self._cut(trainer, network, network.masks.keep)
+        # What was due after the last batch had started.
+        changed = self._round_if_due(trainer, last_position_of(trainer))
+        if self.shrink == "end" and network.shrink(network.masks.keep, self.verify).cuts:
             self._note(network)
-        self._report = self._make_report(network)
+            network.rewrap()
+            changed = True
+        if changed:
+            log_final_metrics(trainer, self._record["now"])
+        self._report = make_report(self._record, network, Request(self.remove, self.of))
         say(trainer, self._report.table())
-        directory = self._output_directory(trainer)
-        if directory is not None:
-            trainer.save_checkpoint(directory / "pruned.ckpt", weights_only=False)
-            if trainer.is_global_zero:
-                self._report.save(directory)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        save_outcome(trainer, self._report, self.directory)
 
     # Steps of the lifecycle ------------------------------------------------------------------------------------------
 
-    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Trace the network; start the record, or go on with the one that a checkpoint brought."""
-        assert self._probe is not None
-        network = Network(trainer, pl_module, self._probe)
-        if not self._record:
-            totals = network.totals()
-            self._record.update(
-                version=VERSION,
-                level=0.0,
-                original=network.graph.widths,
-                before=asdict(totals),
-                rounds=[],
+    def _check_schedule(self, trainer: Trainer) -> None:
+        """Refuse or warn of a schedule that does not fit into what is ahead."""
+        if self._record.get("level", 0.0) >= 1:
+            return
+        if warning := self._schedule.check(length_of(trainer)):
+            rank_zero_warn(warning)
+        if self._schedule.unit != "step" and math.isinf(trainer.num_training_batches) and trainer.max_steps == -1:
+            rank_zero_warn(
+                "the training data has no length, so it is not known how far an epoch has come: rounds can only be at "
+                'the starts of epochs and at the end. Give the schedule unit="step", or the Trainer max_steps.'
             )
-        else:
-            masks = {name: torch.as_tensor(mask) for name, mask in self._record["masks"].items()}
-            network.masks.set({name: mask for name, mask in masks.items() if name in network.graph.groups})
-        self._record["original"] = {**network.graph.widths, **self._record["original"]}
-        if not network.graph.groups and self._record["level"] == 0:
-            rank_zero_warn(self._nothing_prunable(network))
-        else:
-            self.prepare(network)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Trace the network; start the record, or go on with the one that an earlier fit or a checkpoint left."""
+        assert self._probe is not None
+        if pl_module.example_input_array is not None:
+            self._probe.programs()[-1].run()  # says it if that does not fit
+        network = Network(trainer, pl_module, self._probe, self._record)
+        if not self._record:
+            self._start_record(network)
         self._network = network
         self._note(network)
+        network.rewrap()
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
 
-    @staticmethod
-    def _nothing_prunable(network: Network) -> str:
-        reasons = "; ".join(f"{path}: {reason}" for path, reason in network.graph.refused[:5])
-        return f"nothing in {type(network.module).__name__} can be pruned, training goes on without it ({reasons})"
+    def _start_record(self, network: Network) -> None:
+        fresh = {"version": VERSION, "level": 0.0, "target": 0.0, "rounds": [], "before": asdict(network.totals())}
+        self._record.update(fresh, original=dict(network.original))
+        if not network.graph.groups:
+            reasons = "; ".join(f"{path}: {reason}" for path, reason in network.graph.refused[:5])
+            name = type(network.module).__name__
+            rank_zero_warn(f"nothing in {name} can be pruned, training goes on without it ({reasons})")
+            return
+        try:
+            self.prepare(network)
+        except PruneError:
+            self._record.clear()
+            raise
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._network is not None:
             self._network.masks.apply(self._network.tensors)
 
-    def _round_if_due(self, trainer: Trainer, batch_idx: int = 0) -> None:
+    def _round_if_due(self, trainer: Trainer, position: Position) -> bool:
+        """Do now what should be done by this position and is not, according to the record."""
         network = self._network
         if network is None or not network.graph.groups:
-            return
-        level = self._schedule.level(position_of(trainer, batch_idx), self.remove)
-        if level > self._record["level"]:
-            self._round(trainer, network, level)
+            return False
+        level = self._schedule.level(position, self.remove)
+        if level <= self._record["level"] and level * self.remove <= self._record["target"]:
+            return False
+        self._round(trainer, network, level)
+        return True
 
     def _round(self, trainer: Trainer, network: Network, level: float) -> None:
         """Select, mask, shrink, reinitialise, re-estimate, and take note."""
         keep = trainer.strategy.broadcast(self.select(network, level), src=0)
         if self.shrink == "rounds":
-            self._cut(trainer, network, keep)
+            network.shrink(keep, self.verify)
         else:
             network.masks.set(keep)
             network.hold_masks()
         self._reinitialise(network)
         if self.recalibrate:
             network.probe.reestimate_batch_norm(self.recalibrate)
-        self._record["level"] = level
+        self._record.update(level=level, target=level * self.remove)
         self._note(network)
+        network.rewrap()
         removed = self._record["now"]["removed"]
         self._record["rounds"].append([trainer.current_epoch, trainer.global_step, removed])
         say(trainer, f"pruned {removed:.1%} of the {self.of} so far (epoch {trainer.current_epoch})")
@@ -258,50 +289,22 @@ class PruningCallback(Callback, ABC):
             optimizer.state.clear()
         network.masks.apply(network.tensors)
 
-    def _cut(self, trainer: Trainer, network: Network, keep: Mapping[str, Tensor]) -> None:
-        network.shrink(keep, self.verify)
-
     def generator(self, purpose: str) -> torch.Generator:
         """A source of randomness that is the same in all processes and in a resumed run."""
         rounds = len(self._record["rounds"])
-        return torch.Generator().manual_seed(hash((self.seed, rounds, sum(map(ord, purpose)))) % 2**63)
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {rounds} {purpose}".encode()))
 
     def _note(self, network: Network) -> None:
         """Bring the record up to date; it is what goes into checkpoints."""
         kept = network.masks.widths
-        now = {measure: network.cost_function(measure)(kept) for measure in ("params", "macs")}
-        self._record.update(
-            masks={name: mask.clone() for name, mask in network.masks.keep.items()},
-            settings=plain_settings(network.settings),
-            now={
-                "removed": self.removed(network),
-                "channels": sum(kept.values()),
-                "parameters": now["params"],
-                "macs": now["macs"],
-            },
-        )
+        now = {
+            "removed": float(self.removed(network)),
+            "channels": sum(network.widths().values()),
+            "parameters": network.cost_function("params")(kept),
+            "macs": network.cost_function("macs")(kept),
+        }
+        self._record.update(network.state(), now=now)
 
     def removed(self, network: Network) -> float:
         """Fraction removed so far, in the measure of the budget."""
         return 0.0
-
-    def _make_report(self, network: Network) -> PruneReport:
-        kept, before = network.masks.widths, Totals(**self._record["before"])
-        notes = []
-        if any(not bool(mask.all()) for mask in network.masks.keep.values()):
-            notes.append("masks only: nothing got smaller or faster; set shrink='end' or shrink='rounds' for that")
-        return PruneReport(
-            groups=tuple(GroupWidth(n, width, kept.get(n, 1)) for n, width in self._record["original"].items()),
-            before=before,
-            after=network.totals(),
-            requested=Request(self.remove, self.of),
-            reached=self.removed(network),
-            refused=tuple(network.graph.refused),
-            notes=tuple(notes),
-            history=tuple(Round(int(epoch), int(step), float(share)) for epoch, step, share in self._record["rounds"]),
-        )
-
-    def _output_directory(self, trainer: Trainer) -> Path | None:
-        checkpoint = trainer.checkpoint_callback
-        found = self.directory or getattr(checkpoint, "dirpath", None)
-        return Path(found) if found is not None else None

@@ -97,16 +97,22 @@ class ChannelPruning(PruningCallback):
         self.min_channels = min_channels
         self._criterion = criterion_from(criterion)
         self._limits = Limits(min_channels, round_to)
-        for ratio in (ratios or {}).values():
-            check_fraction(ratio)
+        for pattern, ratio in (ratios or {}).items():
+            check_fraction(ratio, f"the ratio of {pattern!r}")
 
     @override
     def prepare(self, network: Network) -> None:
-        if "eligible" not in self._record:
-            self._check_patterns(network)
-            self._record["eligible"] = self._eligible(network)
-        if self.of != "latency":  # measuring a latency for every step of a search is kept for the rounds
-            even = {name: torch.zeros(network.graph.groups[name].width) for name in self._eligible(network)}
+        self._check_patterns(network)
+        eligible = self._record["eligible"] = self._eligible(network)
+        if not eligible:
+            raise ConfigurationError(
+                f"include={self.include} and exclude={self.exclude} leave no channel group to prune; there are: "
+                f"{', '.join(network.graph.groups)}."
+            )
+        if self.of == "latency":  # measuring one for every step of a search is kept for the rounds
+            network.cost_function("latency")(network.graph.widths)
+        else:
+            even = {name: torch.zeros(network.graph.groups[name].width) for name in eligible}
             self._selection(network, even, 1.0)
 
     @override
@@ -118,9 +124,8 @@ class ChannelPruning(PruningCallback):
 
     @override
     def removed(self, network: Network) -> float:
-        if self.of == "latency":
-            return 1 - network.probe.latency() / self._dense_cost()
-        return 1 - self._cost(network)(network.masks.widths) / self._dense_cost()
+        dense = self._dense_cost()
+        return 1 - self._cost(network)(network.masks.widths) / dense if dense > 0 else 0.0
 
     def _scores(self, network: Network) -> dict[str, Tensor]:
         """Scores of all groups that may be cut, the same in all processes."""
@@ -151,19 +156,20 @@ class ChannelPruning(PruningCallback):
             patterns={name: group.pattern for name, group in groups.items()},
             ratios={name: ratio * level for name, ratio in self._fixed_ratios(groups).items() if name in scores},
             keep=network.masks.keep,
+            dense=self._dense_cost(),
             of=self.of,
         )
 
     def _cost(self, network: Network) -> Callable[[Mapping[str, int]], float]:
         if self.of != "channels":
             return network.cost_function(self.of)
-        eligible: list[str] = self._record["eligible"]
+        eligible: list[str] = self._record.get("eligible", [])
         # A group that is down to one channel is no group any more, but that channel still counts.
         return lambda widths: sum(widths.get(name, 1) for name in eligible)
 
     def _dense_cost(self) -> float:
         if self.of == "channels":
-            return float(sum(self._record["original"][name] for name in self._record["eligible"]))
+            return float(sum(self._record["original"][name] for name in self._record.get("eligible", ())))
         field = {"params": "parameters", "macs": "macs", "latency": "latency_seconds"}[self.of]
         return float(self._record["before"][field])
 

@@ -12,13 +12,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.support import rewrap, shadows
+from lightning_prune.checkpoint import original_settings_of, plain_settings, settings_of
 from lightning_prune.cost import CostModel, checkpoint_bytes
+from lightning_prune.errors import TraceError
 from lightning_prune.graph.tracer import named_leaves
 from lightning_prune.masks import Masks
 from lightning_prune.probe import Probe
 from lightning_prune.report import Totals
 from lightning_prune.surgery import Shrunk, resized, shrink, trace_programs
-from lightning_prune.surgery.attributes import write_settings
+from lightning_prune.surgery.attributes import integer_settings, write_settings
 from lightning_prune.surgery.resize import resize
 
 
@@ -29,27 +31,49 @@ class Network:
         trainer: The Trainer.
         module: The user's module.
         probe: Runs the module on real batches.
+        record: What an earlier fit left of :meth:`state`; empty for a module that has not been pruned.
 
     Attributes:
         graph: The present channel graph.
         masks: The units that are off.
         tensors: Parameters and buffers by full name.
+        original: Width of every group before any pruning.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, probe: Probe) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule, probe: Probe, record: Mapping[str, Any]) -> None:
         """Trace the module."""
         self._trainer = trainer
         self.module = module
         self.probe = probe
-        self.settings: dict[Any, int] = {}
-        self.trace()
+        self._settings = settings_of(record)
+        self._original_settings = original_settings_of(record)
+        self._cut: set[str] = set(record.get("cut", ()))
+        self._trace()
+        self.original: dict[str, int] = {**self.graph.widths, **record.get("original", {})}
+        masks = record.get("masks", {})
+        self.masks.set({name: torch.as_tensor(mask) for name, mask in masks.items() if name in self.graph.groups})
 
-    def trace(self) -> None:
+    def _trace(self) -> None:
         """Find the channel groups of the module as it is now; all units count as kept."""
         self.tensors = named_leaves(self.module)
         self.graph = trace_programs(self.module, self.probe.programs())
         self.masks = Masks(self.graph)
         self._cost = CostModel(self.graph, [name for name, _ in self.module.named_parameters()])
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside the weights, in plain types."""
+        saved = self.module.state_dict().keys()
+        return {
+            "original": dict(self.original),
+            "masks": {name: mask.clone() for name, mask in self.masks.keep.items()},
+            "settings": plain_settings(self._settings, self._original_settings),
+            "cut": sorted(self._cut),
+            "unsaved": {name: self.tensors[name].detach().cpu().clone() for name in self._cut if name not in saved},
+        }
+
+    def widths(self) -> dict[str, int]:
+        """Number of units of each original group that are not off; one that is down to a single channel is no group."""
+        return {name: self.masks.widths.get(name, 1) for name in self.original}
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -68,41 +92,69 @@ class Network:
     def _latency_at(self, widths: Mapping[str, int]) -> float:
         keep = {name: torch.arange(widths[name]) for name in self.graph.groups}
         with resized(self.module, self.graph, keep):
-            return self.probe.latency()
+            return self._latency()
+
+    def _latency(self) -> float:
+        """Measured seconds of one run; that of the first process, so that all decide alike."""
+        return float(self._trainer.strategy.broadcast(self.probe.latency(), src=0))
 
     def totals(self) -> Totals:
         """What the network costs now, masked units counted as long as they are there."""
         return Totals(
-            channels=self._cost.channels(self.graph.widths),
+            channels=sum({**dict.fromkeys(self.original, 1), **self.graph.widths}.values()),
             parameters=self._cost.parameters(self.graph.widths),
             macs=round(self._cost.macs(self.graph.widths)),
             checkpoint_bytes=checkpoint_bytes(self.module.state_dict()),
-            latency_seconds=self.probe.latency(),
+            latency_seconds=self._latency_if_possible(),
         )
+
+    def _latency_if_possible(self) -> float | None:
+        """None for a training step that works in train mode only, as those of detectors do."""
+        try:
+            return self._latency()
+        except TraceError:
+            return None
 
     def average(self, value: Tensor) -> Tensor:
         """Mean over all processes."""
-        mean: Tensor = self._trainer.strategy.reduce(value, reduce_op="mean")  # type: ignore[assignment]
+        strategy = self._trainer.strategy
+        mean: Tensor = strategy.reduce(value.to(strategy.root_device), reduce_op="mean")  # type: ignore[assignment]
         return mean
 
     def hold_masks(self) -> None:
-        """Zero what is off, in the weights and in the optimizers' state."""
+        """Zero what is off, in the weights, in averages of them, and in the optimizers' state."""
         self.masks.apply(self.tensors)
+        for copy in shadows(self.module):
+            self.masks.apply(named_leaves(copy))
         self.masks.apply_optimizer_state(self.tensors, self.optimizers)
+
+    def rewrap(self) -> None:
+        """Give the strategy a wrapper that knows the parameters as they are now.
+
+        To be called whenever the network may have been resized, be it only for a trial: a parameter that was gets a
+        new gradient accumulator, and the hooks of DDP's reducer hang on the old one.
+        """
+        rewrap(self._trainer)
 
     def shrink(self, keep: Mapping[str, Tensor], verify: bool) -> Shrunk:
         """Remove units physically, with everything that hangs on the module, and trace again.
 
+        Afterwards :meth:`rewrap` is due.
+
         Raises:
             ShrinkError: If the result is not proven exact; then nothing was changed.
         """
+        before = integer_settings(self.module)
         result = shrink(self.module, self.graph, keep, self.optimizers, verify)
-        for copy in shadows(self._trainer, self.module):
+        if not result.cuts:
+            return result
+        for copy in shadows(self.module):
             resize(named_leaves(copy), result.cuts)
             write_settings(copy, result.settings)
-        self.settings.update(result.settings)
-        rewrap(self._trainer)
+        self._settings.update(result.settings)
+        self._original_settings = {**{s: before[s] for s in result.settings}, **self._original_settings}
+        self._cut.update(result.cuts)
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()
-        self.trace()
+        self._trace()
         return result

@@ -82,7 +82,7 @@ def say(trainer: Trainer, message: str) -> None:
 
 
 def rewrap(trainer: Trainer) -> None:
-    """Give a network that changed its shape a new DDP wrapper; the old reducer remembers the old sizes."""
+    """Give a network that changed its shape a new DDP wrapper, if it has one; the old reducer remembers the old sizes."""
     strategy = trainer.strategy
     if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
         module = strategy.lightning_module

@@ -1,0 +1,1 @@
+"""What belongs together: channel groups, found by running the network once."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_prune.errors import TraceError
 from lightning_prune.graph.channels import ChannelGraph, ChannelGroup, Extent, Operation, Refusal, Role, Slot
@@ -18,6 +20,8 @@ from lightning_prune.graph.rules.contractions import NEEDS_ZERO
 from lightning_prune.graph.tracer import Counted, Event, Labelled, Tracer, named_leaves, run_traced
 
 _ROLES: tuple[Role, ...] = ("consumer", "producer", "scale", "statistic", "bias")
+Signature = tuple[tuple[int, int], ...]
+"""Numbers of leaves, with the number of positions that belong to one unit."""
 
 
 class Run(NamedTuple):
@@ -26,6 +30,7 @@ class Run(NamedTuple):
     program: Program
     events: list[Event]
     counted: list[Counted]
+    dtypes: set[torch.dtype]
 
 
 class Leaf(NamedTuple):
@@ -34,6 +39,14 @@ class Leaf(NamedTuple):
     tensor: str
     dim: int
     ids: Tensor
+
+
+class Table(NamedTuple):
+    """Every position of every leaf: its label, the number of its leaf and its place in it."""
+
+    ids: Tensor
+    leaf: Tensor
+    position: Tensor
 
 
 class Analysis:
@@ -55,6 +68,7 @@ class Analysis:
         self.space = LabelSpace()
         self.labels = {name: self._leaf_labels(tensor) for name, tensor in self.tensors.items()}
         self.notes: list[Refusal] = []
+        self.frozen_later: list[Frozen] = []
         self.runs: list[Run] = []
         touched: set[int] = set()
         failures: dict[str, Exception] = {}
@@ -65,11 +79,11 @@ class Analysis:
                 failures[program.name] = error
                 self.notes.append(Refusal(program.name, f"could not be run ({error})"))
         ran = {_entry_point(run.program.name) for run in self.runs}
-        for name, error in failures.items():
+        for name, failure in failures.items():
             if _entry_point(name) not in ran:
-                raise error if isinstance(error, TraceError) else TraceError(
-                    f"the network failed in {name}: {type(error).__name__}: {error}"
-                ) from error
+                raise failure if isinstance(failure, TraceError) else TraceError(
+                    f"the network failed in {name}: {type(failure).__name__}: {failure}"
+                ) from failure
         self.touched = {name for name, tensor in self.tensors.items() if id(tensor) in touched}
         self.leaves = [
             Leaf(name, plane.dims[0], plane.ids.flatten())
@@ -78,7 +92,11 @@ class Analysis:
         ]
         for leaf in self.leaves:
             if leaf.tensor not in self.touched:
-                self.space.freeze(leaf.ids, "is not used by any program that was run")
+                self.space.frozen.append(Frozen(leaf.ids, "is not used by any program that was run"))
+        self._table = _table(self.leaves)
+        self._blocks = self._dense_blocks()
+        self.united = torch.arange(self.space.count)
+        self._edges_solved = 0
         self.solve()
 
     def _leaf_labels(self, tensor: Tensor) -> Labels:
@@ -91,17 +109,38 @@ class Analysis:
         for output in outputs:
             for plane in tracer.labels_of(output).planes:
                 self.space.frozen.append(Frozen(plane.ids.flatten(), "is an output of the network"))
-        self.runs.append(Run(program, tracer.events, tracer.counted))
+        self.runs.append(Run(program, tracer.events, tracer.counted, tracer.dtypes))
         return tracer.touched
 
     def freeze(self, roots: Tensor, reason: str) -> None:
         """Keep units whole after all (labels as given by :meth:`root`), then solve again."""
-        self.space.frozen.append(Frozen(roots, reason))
+        self.frozen_later.append(Frozen(roots, reason))
+        self.space.frozen.append(self.frozen_later[-1])
         self.solve()
+
+    def repeated(self) -> Analysis:
+        """Run and solve everything anew, for a network whose weights or surroundings have moved on."""
+        anew = Analysis(self.model, [run.program for run in self.runs])
+        known = sum(len(leaf.ids) for leaf in anew.leaves)  # parameters are labelled first, and always alike
+        anew.space.frozen += [Frozen(f.ids[f.ids <= known], f.reason) for f in self.frozen_later]
+        anew.frozen_later += self.frozen_later
+        anew.solve()
+        return anew
 
     def solve(self) -> None:
         """Find the connected components; tie what is left ragged until every tensor stays a dense block."""
-        sites = [
+        while True:
+            self._unite()
+            blocks = [compact(self.roots[ids]) for ids in self._blocks]
+            ragged = [roots for roots in blocks if len(varying(roots)) > 1]
+            if not ragged:
+                break
+            self._tie(ragged)
+        self._make_groups()
+
+    def _dense_blocks(self) -> list[Tensor]:
+        """Labels of every tensor (each once) that varies along several dimensions and must stay a dense block."""
+        witnessed = [
             plane.ids
             for run in self.runs
             for event in run.events
@@ -109,56 +148,71 @@ class Analysis:
             for plane in witness.planes
             if len(plane.dims) > 1
         ]
-        while True:
-            self.united = components(self.space.count, self.space.edges)
-            solid = torch.zeros(self.space.count, dtype=torch.bool)
-            for frozen in self.space.frozen:
-                solid[self.united[frozen.ids]] = True
-            self.roots = torch.where(solid[self.united], torch.tensor(SOLID), self.united)
-            ragged = [ids for ids in sites if len(varying(compact(self.roots[ids]))) > 1]
-            if not ragged:
-                break
-            for ids in ragged:
-                self.space.tie(ids, varying(compact(self.roots[ids]))[:-1])
-        self._make_groups()
+        return list({id(ids): ids for ids in [*witnessed, *self.space.blocks]}.values())
+
+    def _unite(self) -> None:
+        """Take in what was learnt since the last time."""
+        fresh = self.space.edges[self._edges_solved :]
+        self._edges_solved = len(self.space.edges)
+        step = components(self.space.count, [(self.united[a], self.united[b]) for a, b in fresh])
+        self.united = step[self.united]
+        solid = torch.zeros(self.space.count, dtype=torch.bool)
+        solid[self.united[torch.cat([frozen.ids for frozen in self.space.frozen])]] = True
+        self.roots = torch.where(solid[self.united], torch.tensor(SOLID), self.united)
+
+    def _tie(self, ragged: Sequence[Tensor]) -> None:
+        """Make blocks constant along all dimensions but their last one.
+
+        Blocks that share units take turns, in the order of execution: after one of them is tied the next may be dense
+        already, as the transposed half of a channel shuffle is.
+        """
+        taken = torch.zeros(self.space.count, dtype=torch.bool)
+        for roots in ragged:
+            movable = roots[roots != SOLID]
+            if not bool(taken[movable].any()):
+                taken[movable] = True
+                self.space.tie(roots, varying(roots)[:-1])
 
     def root(self, ids: Tensor) -> Tensor:
         """The unit of each label; ``SOLID`` for what stays whole."""
         return self.roots[ids]
 
     def _make_groups(self) -> None:
-        entries = [
-            torch.stack([self.root(leaf.ids), torch.full_like(leaf.ids, number), torch.arange(len(leaf.ids))])
-            for number, leaf in enumerate(self.leaves)
-        ]
-        table = torch.cat(entries, 1) if entries else torch.zeros(3, 0, dtype=torch.int64)
-        table = table[:, table[0] != SOLID]
-        table = table[:, torch.argsort(table[0], stable=True)]
-        roots, sizes = torch.unique_consecutive(table[0], return_counts=True)
-        families: dict[Hashable, list[tuple[int, Tensor]]] = defaultdict(list)
-        for root, members in zip(roots.tolist(), table[1:].split(sizes.tolist(), 1), strict=True):
-            leaf_numbers, counts = torch.unique_consecutive(members[0], return_counts=True)
-            signature = tuple(zip(leaf_numbers.tolist(), counts.tolist(), strict=True))
-            families[signature].append((root, members))
+        """Units that own the same number of positions of the same tensor dimensions form a group."""
+        roots = self.root(self._table.ids)
+        order = torch.argsort(roots, stable=True)
+        order = order[roots[order] != SOLID]
+        unit_roots, sizes = torch.unique_consecutive(roots[order], return_counts=True)
+        starts = sizes.cumsum(0) - sizes
+        families: dict[Signature, list[int]] = defaultdict(list)
+        for unit, signature in enumerate(_signatures(roots[order], self._table.leaf[order])):
+            families[signature].append(unit)
+        zeroed = self._marked(NEEDS_ZERO)
         roles = self._roles()
-        zeroed = torch.zeros(self.space.count, dtype=torch.bool)
-        for ids in self.space.marks.get(NEEDS_ZERO, []):
-            zeroed[self.root(ids)] = True
         self.groups: dict[str, ChannelGroup] = {}
         self.units: dict[str, Tensor] = {}
-        for signature, units in families.items():
-            unit_roots = torch.tensor([root for root, _ in units])
-            group = self._group(signature, torch.stack([m[1] for _, m in units]), roles, bool(zeroed[unit_roots].any()))
+        for signature, members in families.items():
+            units = torch.tensor(members)
+            span = torch.arange(int(sizes[units[0]]))
+            positions = self._table.position[order[starts[units, None] + span]]
+            group = self._group(signature, positions, roles, bool(zeroed[unit_roots[units]].any()))
             self.groups[group.name] = group
-            self.units[group.name] = unit_roots
+            self.units[group.name] = unit_roots[units]
         self.group_names = list(self.groups)
         self.group_of = torch.full((self.space.count,), -1)
-        for number, unit_roots in enumerate(self.units.values()):
-            self.group_of[unit_roots] = number
+        for number, roots in enumerate(self.units.values()):
+            self.group_of[roots] = number
 
-    def _group(self, signature: Hashable, positions: Tensor, roles: list[Role], zero_all: bool) -> ChannelGroup:
+    def _marked(self, mark: str) -> Tensor:
+        """For each label whether its unit carries a mark."""
+        marked = torch.zeros(self.space.count, dtype=torch.bool)
+        for ids in self.space.marks.get(mark, []):
+            marked[self.root(ids)] = True
+        return marked
+
+    def _group(self, signature: Signature, positions: Tensor, roles: list[Role], zero_all: bool) -> ChannelGroup:
         slots, start = [], 0
-        for number, count in signature:  # type: ignore[attr-defined]
+        for number, count in signature:
             leaf = self.leaves[number]
             slots.append(Slot(leaf.tensor, leaf.dim, positions[:, start : start + count], roles[number]))
             start += count
@@ -175,16 +229,18 @@ class Analysis:
         return ChannelGroup(name, tuple(slots), tuple(slots) if zero_all or not readers else readers, pattern)
 
     def _roles(self) -> list[Role]:
-        """The role of each leaf, from marks that reached it through parameters and constants alone."""
+        """The role of each leaf: as it is used itself, or else what is computed from parameters alone with it."""
         static = components(self.space.count, self.space.static_edges)
-        marked = {}
+        itself, derived = {}, {}
         for role in _ROLES:
-            marked[role] = torch.zeros(self.space.count, dtype=torch.bool)
+            itself[role], derived[role] = torch.zeros(2, self.space.count, dtype=torch.bool)
             for ids in self.space.marks.get(role, []):
-                marked[role][static[ids]] = True
+                itself[role][ids] = True
+                derived[role][static[ids]] = True
         result: list[Role] = []
         for leaf in self.leaves:
-            found = [role for role in _ROLES if bool(marked[role][static[leaf.ids]].any())]
+            found = [role for role in _ROLES if bool(itself[role][leaf.ids].any())]
+            found = found or [role for role in _ROLES if bool(derived[role][static[leaf.ids]].any())]
             result.append(found[0] if found else "producer")
         return result
 
@@ -245,9 +301,28 @@ def _entry_point(name: str) -> str:
     return name.partition(" ")[0]
 
 
+def _table(leaves: Sequence[Leaf]) -> Table:
+    """All leaves end to end."""
+    empty = torch.zeros(0, dtype=torch.int64)
+    return Table(
+        torch.cat([empty, *(leaf.ids for leaf in leaves)]),
+        torch.cat([empty, *(torch.full_like(leaf.ids, number) for number, leaf in enumerate(leaves))]),
+        torch.cat([empty, *(torch.arange(len(leaf.ids)) for leaf in leaves)]),
+    )
+
+
+def _signatures(roots: Tensor, leaves: Tensor) -> Iterator[Signature]:
+    """For each unit how many positions of which leaves it owns; both tensors sorted by unit, then by leaf."""
+    runs, counts = torch.unique_consecutive(torch.stack([roots, leaves]), return_counts=True, dim=1)
+    _, runs_per_unit = torch.unique_consecutive(runs[0], return_counts=True)
+    entries = zip(runs[1].tolist(), counts.tolist(), strict=True)
+    for count in runs_per_unit.tolist():
+        yield tuple(itertools.islice(entries, count))
+
+
 def _check(tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if is_lazy(tensor):
             raise TraceError(
                 f"{name} is a lazy parameter that has no shape yet: run one forward pass through the network before "
                 f"it is pruned, or give the LightningModule an example_input_array"

@@ -108,6 +108,7 @@ class LabelSpace:
         self.static_edges: list[tuple[Tensor, Tensor]] = []
         self.frozen: list[Frozen] = [Frozen(torch.zeros(1, dtype=torch.int64), None)]
         self.marks: dict[str, list[Tensor]] = {}
+        self.blocks: list[Tensor] = []
 
     def fresh(self, shape: Sequence[int]) -> tuple[Plane, ...]:
         """One plane of new labels for each dimension of size above one."""
@@ -140,6 +141,11 @@ class LabelSpace:
     def freeze(self, ids: Tensor, reason: str | None) -> None:
         """These labels stay whole."""
         self.frozen.append(Frozen(ids.flatten(), None if reason is None else f"{reason} ({user_line()})"))
+
+    def keep_dense(self, ids: Tensor) -> None:
+        """What remains of a tensor with these labels must be a dense block: equal pieces stay equal."""
+        if len(varying(ids)) > 1:
+            self.blocks.append(ids)
 
     def mark(self, mark: str, ids: Tensor) -> None:
         """Remember something about labels: a slot's role, or that zeroing must reach them."""

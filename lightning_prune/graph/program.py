@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -31,6 +34,26 @@ class Program:
     training: bool = False
     samples: int = 1
     handed_out: Callable[[Any], Any] = lambda result: result
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested containers and in the attributes of objects (a dataclass, say), each once."""
+    seen: dict[int, Any] = {}
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if id(item) in seen or isinstance(item, (str, bytes, type, nn.Module, ModuleType, FunctionType)):
+            continue
+        seen[id(item)] = item
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, Mapping):
+            pending.extend(reversed(list(item.values())))
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            pending.extend(reversed(list(item)))
+        else:
+            pending.extend(reversed(list(getattr(item, "__dict__", {}).values())))
+            pending.extend(getattr(item, name) for name in getattr(item, "__slots__", ()) if hasattr(item, name))
 
 
 _unobserved_depth = 0
@@ -86,6 +109,21 @@ def preserved(model: nn.Module, training: bool | None) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Put back which objects the attributes of all modules refer to, and the random state of Python and NumPy."""
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for module, kept in attributes:
+            vars(module).clear()
+            vars(module).update(kept)
+
+
 def count_samples(data: Any) -> int:
     """Length of the first tensor in (nested) data; 1 if there is none."""
     tensors = [leaf for leaf in tree_leaves(data) if isinstance(leaf, Tensor) and leaf.dim() > 0]
@@ -106,7 +144,7 @@ def module_programs(model: nn.Module, inputs: Tensor | Sequence[Any] | Mapping[s
 
     def runner(training: bool) -> Callable[[], Any]:
         def run() -> Any:
-            with preserved(model, training), torch.no_grad():
+            with attributes_kept(model), preserved(model, training), torch.no_grad():
                 return model(*arguments, **keywords)
 
         return run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -18,9 +18,9 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_prune.graph.labels import Labels, LabelSpace, Plane, Witness
-from lightning_prune.graph.program import Program, is_observed
+from lightning_prune.graph.program import Program, is_observed, tensors_in
 
-LAYOUT_ONLY = frozenset({"clone", "contiguous", "detach", "alias", "lift_fresh"})
+LAYOUT_ONLY = frozenset({"clone", "contiguous", "detach", "alias"})
 """Operators that come and go with the memory layout and say nothing of what is computed."""
 SAME_AS_VIEW = frozenset({"_unsafe_view", "_reshape_alias", "reshape"})
 
@@ -67,7 +67,9 @@ class Call:
         static: Whether every tensor argument depends on parameters and constants only.
     """
 
-    def __init__(self, tracer: Tracer, function: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any):
+    def __init__(
+        self, tracer: Tracer, function: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
+    ) -> None:
         """Bind the arguments to the operator's schema."""
         self._tracer = tracer
         self.function = function
@@ -82,6 +84,7 @@ class Call:
         self.static = all(tracer.labels_of(tensor).static for tensor in self.tensors)
         self.witnesses: list[Witness] = []
         self.sizes: set[str] = set(_size_arguments(function))
+        self.values: list[object] = []
 
     @property
     def name(self) -> str:
@@ -101,14 +104,18 @@ class Call:
         """Show a shape the operator works in; its labels will be made separable and checked after a cut."""
         self.witnesses.append(Witness(tuple(shape), planes))
 
-    def new_labels(self, shape: Sequence[int]) -> Planes:
-        """Labels for a tensor that is made from nothing and may take any size."""
-        return self._tracer.new_labels(shape)
+    def new_labels(self, shape: Sequence[int], dims: Sequence[int] | None = None) -> Planes:
+        """Labels for a tensor that is made from nothing and may take any size along some (or all) dimensions."""
+        return self._tracer.new_labels(shape, range(len(shape)) if dims is None else dims)
+
+    def constant(self, value: object) -> None:
+        """Note something else that may not change with the widths."""
+        self.values.append(value)
 
     def constants(self) -> tuple[object, ...]:
-        """Arguments that may not change with the widths: numbers, flags and dimensions, but no sizes."""
+        """What may not change with the widths: numbers, flags and dimensions, but no sizes."""
         plain = (bool, int, float, complex, str)
-        values: list[object] = []
+        values = list(self.values)
         for name, value in self.arguments.items():
             items = tuple(value) if isinstance(value, (list, tuple)) else (value,)
             if name not in self.sizes and all(isinstance(item, plain) for item in items):
@@ -129,25 +136,25 @@ class Tracer(TorchDispatchMode):
         self, space: LabelSpace, leaves: Sequence[tuple[Tensor, Labels]], find_rule: Callable[[OpOverload], Rule]
     ) -> None:
         """See the class."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.space = space
         self.events: list[Event] = []
         self.counted: list[Counted] = []
         self.touched: set[int] = set()
+        self.dtypes: set[torch.dtype] = set()
         self._find_rule = find_rule
-        self._labels: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._labels: MutableMapping[Tensor, Labels] = WeakTensorKeyDictionary()
         self._leaves = {id(tensor) for tensor, _ in leaves}
         for tensor, labels in leaves:
             self._labels[tensor] = labels
 
     def labels_of(self, tensor: Tensor) -> Labels:
         """The labels of a tensor; none for what came from outside."""
-        labels: Labels | None = self._labels.get(tensor)
-        return Labels() if labels is None else labels
+        return self._labels.get(tensor) or Labels()
 
-    def new_labels(self, shape: Sequence[int]) -> Planes:
-        """Labels for a tensor made from nothing."""
-        return self.space.fresh(shape)
+    def new_labels(self, shape: Sequence[int], dims: Sequence[int]) -> Planes:
+        """Labels for a tensor made from nothing, along some dimensions."""
+        return self.space.fresh([size if dim in dims else 1 for dim, size in enumerate(shape)])
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Execute the operator, then carry the labels over."""
@@ -164,6 +171,7 @@ class Tracer(TorchDispatchMode):
         for tensor, planes in zip(call.outputs, outputs, strict=True):
             self._forget_zero(call, tensor, planes)
             self._labels[tensor] = Labels(planes, call.static)
+            self.dtypes.add(tensor.dtype)
             call.witness(tensor.shape, planes)
         if func._overloadpacket in flop_registry:
             self._count(call)
@@ -180,6 +188,7 @@ class Tracer(TorchDispatchMode):
         kept: list[Plane] = []
         for plane in planes:
             if not plane.dims:
+                self.space.freeze(plane.ids, "single channels are picked by their number")
                 continue
             if any(set(plane.dims) & set(other.dims) for other in kept):
                 self.space.freeze(plane.ids, "shares a dimension with other channels")
@@ -189,7 +198,8 @@ class Tracer(TorchDispatchMode):
 
     def _forget_zero(self, call: Call, tensor: Tensor, planes: Planes) -> None:
         """After an in-place operator that does not keep zeros, no alias of that memory may still claim them."""
-        if not call.function._schema.is_mutable or all(plane.zero for plane in planes):
+        claimed = any(plane.zero for plane in self.labels_of(tensor).planes)
+        if not claimed or not call.function._schema.is_mutable or all(plane.zero for plane in planes):
             return
         memory = tensor.untyped_storage()._cdata
         for alias, labels in list(self._labels.items()):
@@ -228,4 +238,4 @@ def run_traced(program: Program, tracer: Tracer) -> list[Tensor]:
     """Run a program inside a tracer and return the tensors it hands out."""
     with decomposed(), tracer:
         result = program.run()
-    return [leaf for leaf in tree_leaves(program.handed_out(result)) if isinstance(leaf, Tensor)]
+    return list(tensors_in(program.handed_out(result)))

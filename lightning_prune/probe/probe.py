@@ -79,6 +79,18 @@ class Probe:
         """Drop the batch that programs run on; the next call of :meth:`programs` takes a newer one."""
         self._fixed.clear()
 
+    def ready(self) -> bool:
+        """Whether there is a real batch for :meth:`programs` already; fetches it if so.
+
+        Raises:
+            TraceError: If reading the data failed.
+        """
+        try:
+            self._fixed_batch()
+        except NoBatchError:
+            return False
+        return True
+
     def batches(self, count: int) -> list[Any]:
         """Real training batches on the right device.
 

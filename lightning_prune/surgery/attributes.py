@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -45,7 +47,9 @@ class Symbol(int):
         return cls._make(value, frozenset([setting]), lambda values: values.get(setting, value))
 
     @classmethod
-    def _make(cls, value: int, settings: frozenset[Setting], evaluate: Callable[[Mapping[Setting, int]], int]) -> Symbol:
+    def _make(
+        cls, value: int, settings: frozenset[Setting], evaluate: Callable[[Mapping[Setting, int]], int]
+    ) -> Symbol:
         symbol = cls(value)
         symbol.settings = settings
         symbol.evaluate = evaluate
@@ -101,6 +105,9 @@ class Solver(TorchFunctionMode):
         checker: Compares what is executed with the record.
         values: Settings solved so far; new ones are added.
         used: Settings that reached any function call; new ones are added.
+
+    Attributes:
+        revised: Whether a setting was changed after an earlier call had used it as it was.
     """
 
     def __init__(self, checker: Checker, values: dict[Setting, int], used: set[Setting]) -> None:
@@ -109,6 +116,7 @@ class Solver(TorchFunctionMode):
         self.checker = checker
         self.values = values
         self.used = used
+        self.revised = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one call, with other settings if it does not fit."""
@@ -118,6 +126,7 @@ class Solver(TorchFunctionMode):
         settings = sorted(
             set().union(*(leaf.settings for leaf in tree_leaves(arguments) if isinstance(leaf, Symbol))), key=str
         )
+        used_before = self.used & set(settings)
         self.used.update(settings)
         start = self.checker.position
         try:
@@ -132,9 +141,11 @@ class Solver(TorchFunctionMode):
                 except Exception:
                     continue
                 self.values.update(guess)
+                self.revised |= not used_before.isdisjoint(guess)
                 return result
             name = getattr(func, "__name__", str(func))
-            raise UnsolvedError(failed_at, f"{name} cannot follow a change of width: {error} ({user_line()})") from error
+            reason = f"{name} cannot follow a change of width: {error} ({user_line()})"
+            raise UnsolvedError(failed_at, reason) from error
 
     def _attempt(self, func: Any, arguments: Any, values: Mapping[Setting, int], start: int) -> Any:
         self.checker.position = start
@@ -166,7 +177,7 @@ def integer_settings(model: nn.Module) -> dict[Setting, int]:
         for name, value in vars(module).items():
             if type(value) is int:
                 found[Setting(path, name)] = value
-            elif isinstance(value, (tuple, list)):
+            elif type(value) in (tuple, list, torch.Size) or hasattr(value, "_fields"):
                 for i, item in enumerate(value):
                     if type(item) is int:
                         found[Setting(path, name, i)] = item
@@ -176,29 +187,53 @@ def integer_settings(model: nn.Module) -> dict[Setting, int]:
 def write_settings(model: nn.Module, values: Mapping[Setting, int]) -> None:
     """Store integers as the attributes (or elements of attributes) they belong to."""
     modules = dict(model.named_modules())
+    elements: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
     for setting, value in values.items():
-        attributes = vars(modules[setting.module])
         if setting.element is None:
-            attributes[setting.attribute] = value
-            continue
-        old = attributes[setting.attribute]
-        items = list(old)
-        items[setting.element] = value
-        attributes[setting.attribute] = items if isinstance(old, list) else _like(old, items)
+            modules[setting.module].__dict__[setting.attribute] = value
+        else:
+            elements[setting.module, setting.attribute][setting.element] = value
+    for (path, attribute), changed in elements.items():
+        attributes = modules[path].__dict__
+        attributes[attribute] = _with_elements(attributes[attribute], changed)
 
 
-def _like(old: Sequence[Any], items: list[Any]) -> Any:
-    return type(old)(*items) if hasattr(old, "_fields") else type(old)(items)
+def _with_elements(sequence: Any, changed: Mapping[int, int]) -> Any:
+    """A sequence of the same type with some elements replaced; the very same if none differs."""
+    items = [changed.get(i, item) for i, item in enumerate(sequence)]
+    if all(a is b for a, b in zip(items, sequence, strict=True)):
+        return sequence
+    if type(sequence) is torch.Size and any(isinstance(item, Symbol) for item in items):
+        return tuple(items)
+    return type(sequence)(*items) if hasattr(sequence, "_fields") else type(sequence)(items)
+
+
+class Remembered:
+    """The very objects that the attributes behind some settings refer to.
+
+    Args:
+        model: The network.
+        settings: The settings.
+    """
+
+    def __init__(self, model: nn.Module, settings: Iterable[Setting]) -> None:
+        """See the class."""
+        modules = dict(model.named_modules())
+        places = dict.fromkeys((modules[setting.module], setting.attribute) for setting in settings)
+        self._objects = [(module, attribute, module.__dict__[attribute]) for module, attribute in places]
+
+    def restore(self) -> None:
+        """Put them back."""
+        for module, attribute, value in self._objects:
+            module.__dict__[attribute] = value
 
 
 @contextmanager
 def symbolic(model: nn.Module, settings: Mapping[Setting, int]) -> Iterator[None]:
-    """Replace integer attributes by symbols for a while; restores the very objects that were there."""
-    modules = dict(model.named_modules())
-    before = {(s.module, s.attribute): vars(modules[s.module])[s.attribute] for s in settings}
-    write_settings(model, {setting: Symbol.of(setting, value) for setting, value in settings.items()})
+    """Replace integer attributes by symbols for a while."""
+    remembered = Remembered(model, settings)
     try:
+        write_settings(model, {setting: Symbol.of(setting, value) for setting, value in settings.items()})
         yield
     finally:
-        for (path, attribute), value in before.items():
-            vars(modules[path])[attribute] = value
+        remembered.restore()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from functools import cache
 from typing import Any, NamedTuple
@@ -88,7 +88,7 @@ def _own_shapes(module: nn.Module) -> Shapes:
 def _constructor_arguments(module: nn.Module) -> dict[str, Any] | None:
     """The arguments the module would be built from, as far as its attributes of the same names tell."""
     arguments: dict[str, Any] = {}
-    for name, parameter in _signature(type(module)).items():
+    for name, parameter in _parameters(type(module).__init__).items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         try:
@@ -106,10 +106,9 @@ def _constructor_arguments(module: nn.Module) -> dict[str, Any] | None:
 
 
 @cache
-def _signature(kind: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
-    parameters = dict(inspect.signature(kind.__init__).parameters)
-    parameters.pop("self", None)
-    return parameters
+def _parameters(constructor: Callable[..., None]) -> Mapping[str, inspect.Parameter]:
+    """Parameters of a constructor, without ``self``."""
+    return dict(list(inspect.signature(constructor).parameters.items())[1:])
 
 
 def _value(arguments: Mapping[str, Any], argument: Argument) -> int:
@@ -143,7 +142,8 @@ def _laws(kind: type[nn.Module], arguments: Mapping[str, Any], shapes: Shapes) -
         return {}
     laws: Laws = {}
     for argument in _integers(arguments):
-        for ratio in (Fraction(2), Fraction(1, 2)):
+        # The last one is for an odd number of groups, which can be neither doubled nor halved.
+        for ratio in (Fraction(2), Fraction(1, 2), Fraction(1, max(_value(arguments, argument), 1))):
             changed = _scaled(arguments, argument, ratio)
             other = _built_shapes(kind, changed) if changed is not None else None
             if other is None or other.keys() != shapes.keys():

@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 
 from lightning_prune.errors import ConfigurationError, ShrinkError
 from lightning_prune.graph.analysis import Analysis
-from lightning_prune.graph.channels import ChannelGraph
+from lightning_prune.graph.channels import ChannelGraph, ChannelGroup
 from lightning_prune.graph.program import Program, module_programs
+from lightning_prune.graph.tracer import named_leaves
 from lightning_prune.surgery.attributes import Setting, UnsolvedError
 from lightning_prune.surgery.resize import Cut, resize_optimizers
 from lightning_prune.surgery.transaction import applied, kept_labels
@@ -75,7 +76,7 @@ def trace_programs(model: nn.Module, programs: Sequence[Program]) -> ChannelGrap
         if not keep:
             break
         try:
-            with applied(model, analysis.graph(), keep) as transaction:
+            with applied(analysis, keep) as transaction:
                 transaction.prove()
                 transaction.undo()
         except UnsolvedError as problem:
@@ -90,7 +91,7 @@ def _trial_units(units: Tensor, number: int) -> Tensor:
     share = (2, 3, 4)[number % 3]
     index = torch.arange(len(units))
     kept = index[index % share != share - 1]
-    return kept if len(kept) > 0 else index
+    return kept if len(kept) < len(index) else index[:-1] if len(index) > 1 else index
 
 
 def _refuse(analysis: Analysis, problem: UnsolvedError, keep: Mapping[str, Tensor]) -> None:
@@ -143,29 +144,61 @@ def shrink(
           (2): Linear(in_features=3, out_features=2, bias=True)
         )
     """
-    units = _checked(graph, keep)
+    units = _checked(model, graph, keep)
     if not units:
         return Shrunk()
-    assert graph.evidence is not None
-    expected = masked_outputs(graph, units) if verify else []
-    error = None
     try:
-        with applied(model, graph, units) as transaction:
+        return _shrink(_evidence(graph), units, optimizers, verify)
+    except UnsolvedError:
+        # What the programs do may have moved on since the trace (a loss weight that is annealed): compare afresh.
+        analysis = _traced_again(graph, units)
+    try:
+        return _shrink(analysis, units, optimizers, verify)
+    except UnsolvedError as problem:
+        raise _not_exact(analysis, units, problem) from problem
+
+
+def _shrink(
+    analysis: Analysis, units: Mapping[str, Tensor], optimizers: Iterable[Optimizer], verify: bool
+) -> Shrunk:
+    try:
+        expected = masked_outputs(analysis, units) if verify else []
+        with applied(analysis, units) as transaction:
             transaction.prove()
-            if verify:
-                error, tolerance = largest_difference(expected, outputs(graph.evidence))
-                if not error <= tolerance:
-                    raise ShrinkError(
-                        f"the shrunk network differs from the masked one by {error:.2g} of the largest output"
-                    )
+            error = largest_difference(expected, outputs(analysis)) if expected else None
             resize_optimizers(optimizers, transaction.tensors, transaction.cuts, transaction.saved)
-    except (UnsolvedError, ShrinkError) as problem:
-        culprits = _culprits(model, graph, units)
-        raise ShrinkError(
-            f"cutting {', '.join(culprits)} is not exact: {problem}. Nothing was changed. Exclude "
-            f"{'this group' if len(culprits) == 1 else 'these groups'}, or report the model"
-        ) from problem
+    except ShrinkError as problem:
+        raise _not_exact(analysis, units, problem) from problem
     return Shrunk(transaction.settings, transaction.cuts, error)
+
+
+def _traced_again(graph: ChannelGraph, units: Mapping[str, Tensor]) -> Analysis:
+    """A new analysis that has the same groups.
+
+    Raises:
+        ShrinkError: If the network is wired otherwise by now.
+    """
+    analysis = _evidence(graph).repeated()
+    for name in units:
+        old, new = graph.groups[name], analysis.groups.get(name)
+        if new is None or not _same_slots(old, new):
+            raise ShrinkError(f"group '{name}' is not what it was when the network was traced; trace it again")
+    return analysis
+
+
+def _same_slots(first: ChannelGroup, second: ChannelGroup) -> bool:
+    return len(first.slots) == len(second.slots) and all(
+        (a.tensor, a.dim) == (b.tensor, b.dim) and torch.equal(a.index, b.index)
+        for a, b in zip(first.slots, second.slots, strict=True)
+    )
+
+
+def _not_exact(analysis: Analysis, units: Mapping[str, Tensor], problem: Exception) -> ShrinkError:
+    culprits = _culprits(analysis, units)
+    return ShrinkError(
+        f"cutting {', '.join(culprits)} is not exact: {problem}. Nothing was changed. Exclude "
+        f"{'this group' if len(culprits) == 1 else 'these groups'}, or report the model"
+    )
 
 
 @contextmanager
@@ -181,11 +214,11 @@ def resized(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor]) -
         ConfigurationError: As for :func:`shrink`.
         ShrinkError: If the network cannot be run with these widths.
     """
-    units = _checked(graph, keep)
+    units = _checked(model, graph, keep)
     if not units:
         yield
         return
-    with applied(model, graph, units) as transaction:
+    with applied(_evidence(graph), units) as transaction:
         try:
             transaction.prove()
         except UnsolvedError as problem:
@@ -194,48 +227,56 @@ def resized(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor]) -
         transaction.undo()
 
 
-def _culprits(model: nn.Module, graph: ChannelGraph, units: Mapping[str, Tensor]) -> list[str]:
+def _culprits(analysis: Analysis, units: Mapping[str, Tensor]) -> list[str]:
     """The groups that cannot be cut even alone; all of them if each can."""
-    assert graph.evidence is not None
     found = []
     for name in units if len(units) > 1 else ():
         alone = {name: units[name]}
-        expected = masked_outputs(graph, alone)
         try:
-            with applied(model, graph, alone) as transaction:
+            expected = masked_outputs(analysis, alone)
+            with applied(analysis, alone) as transaction:
                 transaction.prove()
-                error, tolerance = largest_difference(expected, outputs(graph.evidence))
+                largest_difference(expected, outputs(analysis))
                 transaction.undo()
-            if not error <= tolerance:
-                found.append(name)
-        except UnsolvedError:
+        except (UnsolvedError, ShrinkError):
             found.append(name)
     return found or list(units)
 
 
-def _checked(graph: ChannelGraph, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Kept unit indices of each group that really loses some."""
+def _evidence(graph: ChannelGraph) -> Analysis:
     if graph.evidence is None:
         raise ConfigurationError("this channel graph was not made by trace(); only a traced graph can be shrunk")
+    return graph.evidence
+
+
+def _checked(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Kept unit indices of each group that really loses some."""
+    analysis = _evidence(graph)
+    if analysis.model is not model:
+        raise ConfigurationError("this channel graph was traced on another network")
+    present = named_leaves(model)
     for name, extents in graph.tensors.items():
         shape = tuple(extent.size(graph.widths) for extent in extents)
-        if tuple(graph.evidence.tensors[name].shape) != shape:
-            raise ConfigurationError(f"{name} changed its shape since it was traced; trace the network again")
-    result = {}
-    for name, chosen in keep.items():
-        if name not in graph.groups:
-            close = difflib.get_close_matches(name, graph.groups, 1)
-            hint = f"; did you mean '{close[0]}'?" if close else f"; there are: {', '.join(graph.groups)}"
-            raise ConfigurationError(f"no channel group is called '{name}'{hint}")
-        width = graph.groups[name].width
-        chosen = torch.as_tensor(chosen).cpu()
-        if chosen.dtype is torch.bool and chosen.shape != (width,):
-            raise ConfigurationError(f"the mask of group '{name}' has shape {tuple(chosen.shape)}, not ({width},)")
-        index = chosen.nonzero().flatten() if chosen.dtype is torch.bool else torch.unique(chosen.long())
-        if len(index) == 0:
-            raise ConfigurationError(f"group '{name}' would lose all of its {width} channels; keep at least one")
-        if int(index[0]) < 0 or int(index[-1]) >= width:
-            raise ConfigurationError(f"group '{name}' has channels 0 to {width - 1}, asked to keep {index.tolist()}")
-        if len(index) < width:
-            result[name] = index
-    return result
+        if present.get(name) is not analysis.tensors[name] or tuple(present[name].shape) != shape:
+            raise ConfigurationError(f"{name} was changed since the network was traced; trace it again")
+    checked = {name: _kept_units(graph, name, torch.as_tensor(chosen).cpu()) for name, chosen in keep.items()}
+    return {name: units for name, units in checked.items() if len(units) < graph.groups[name].width}
+
+
+def _kept_units(graph: ChannelGraph, name: str, chosen: Tensor) -> Tensor:
+    """Sorted indices of the units of one group that stay."""
+    if name not in graph.groups:
+        close = difflib.get_close_matches(name, graph.groups, 1)
+        hint = f"; did you mean '{close[0]}'?" if close else f"; there are: {', '.join(graph.groups)}"
+        raise ConfigurationError(f"no channel group is called '{name}'{hint}")
+    width = graph.groups[name].width
+    if chosen.is_floating_point() or chosen.dim() != 1:
+        raise ConfigurationError(f"what to keep of group '{name}' must be a list of channel numbers or a bool mask")
+    if chosen.dtype is torch.bool and len(chosen) != width:
+        raise ConfigurationError(f"the mask of group '{name}' has length {len(chosen)}, but the group {width} channels")
+    units = chosen.nonzero().flatten() if chosen.dtype is torch.bool else torch.unique(chosen.long())
+    if len(units) == 0:
+        raise ConfigurationError(f"group '{name}' would lose all of its {width} channels; keep at least one")
+    if int(units[0]) < 0 or int(units[-1]) >= width:
+        raise ConfigurationError(f"group '{name}' has channels 0 to {width - 1}, asked to keep {units.tolist()}")
+    return units

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from fractions import Fraction
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_prune.graph.analysis import Analysis
-from lightning_prune.graph.channels import ChannelGraph
+from lightning_prune.graph.analysis import Analysis, Run
 from lightning_prune.graph.labels import SOLID
 from lightning_prune.graph.tracer import run_traced
 from lightning_prune.surgery.attributes import (
+    Remembered,
     Setting,
     Solver,
     UnsolvedError,
@@ -37,16 +37,27 @@ def kept_labels(analysis: Analysis, keep: Mapping[str, Tensor]) -> Tensor:
 
 
 class Transaction:
-    """A cut that was applied and can be undone."""
+    """A cut that was applied and can be undone.
 
-    def __init__(self, model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor]) -> None:
-        assert graph.evidence is not None
-        self.model, self.analysis = model, graph.evidence
+    Args:
+        analysis: What is known of the network.
+        keep: Kept units (int64 indices) of each group that is cut.
+
+    Attributes:
+        cuts: What was cut.
+        saved: The tensors that were cut, as they were.
+        settings: Integer attributes that were rewritten, once the cut is proven.
+    """
+
+    def __init__(self, analysis: Analysis, keep: Mapping[str, Tensor]) -> None:
+        """Apply the cut."""
+        self.model, self.analysis = analysis.model, analysis
         self.tensors = self.analysis.tensors
         self.kept = kept_labels(self.analysis, keep)
-        self.cuts: dict[str, list[Cut]] = plan_cuts(graph, keep)
-        self.original = integer_settings(model)
-        self.descriptions = Descriptions(model)
+        self.cuts: dict[str, list[Cut]] = plan_cuts(analysis.groups, self.tensors, keep)
+        self.original = integer_settings(self.model)
+        self.remembered = Remembered(self.model, self.original)
+        self.descriptions = Descriptions(self.model)
         self.saved: list[Saved] = resize(self.tensors, self.cuts)
         self.settings: dict[Setting, int] = {}
 
@@ -58,26 +69,33 @@ class Transaction:
         """
         values = {**self.original, **self._described({})}
         used: set[Setting] = set()
-        write_settings(self.model, values)
         expectation = Expectation(self.analysis, self.kept)
-        for run in self.analysis.runs:
-            checker = Checker(expectation, run)
-            try:
-                with symbolic(self.model, values), Solver(checker, values, used):
-                    run_traced(run.program, checker)
-                if checker.position != len(run.events):
-                    raise UnsolvedError(checker.position, "the network stopped early")
-            except UnsolvedError as problem:
-                problem.run = run
-                raise
-            except Exception as error:
-                unsolved = UnsolvedError(checker.position, f"{run.program.name} failed after the cut: {error}")
-                unsolved.run = run
-                raise unsolved from error
+        if any([self._follows(run, expectation, values, used) for run in self.analysis.runs]):
+            for run in self.analysis.runs:
+                if self._follows(run, expectation, values, used):
+                    raise UnsolvedError(0, "one integer attribute would need two values")
         known = {s: Fraction(values[s], self.original[s]) for s in used if self.original[s] != 0}
         values.update(self._described(known))
         write_settings(self.model, values)
         self.settings = {s: value for s, value in values.items() if value != self.original[s]}
+
+    def _follows(self, run: Run, expectation: Expectation, values: dict[Setting, int], used: set[Setting]) -> bool:
+        """Run one program; returns whether a setting was changed that the program had used before."""
+        checker = Checker(expectation, run)
+        solver = Solver(checker, values, used)
+        try:
+            with symbolic(self.model, values), solver:
+                run_traced(run.program, checker)
+            if checker.position != len(run.events):
+                raise UnsolvedError(checker.position, "the network stopped early")
+        except UnsolvedError as problem:
+            problem.run = run
+            raise
+        except Exception as error:
+            unsolved = UnsolvedError(checker.position, f"{run.program.name} failed after the cut: {error}")
+            unsolved.run = run
+            raise unsolved from error
+        return solver.revised
 
     def _described(self, known: Mapping[Setting, Fraction]) -> dict[Setting, int]:
         return {s: value for s, value in self.descriptions.settings(known).items() if s in self.original}
@@ -85,13 +103,13 @@ class Transaction:
     def undo(self) -> None:
         """Put everything back."""
         restore(self.saved)
-        write_settings(self.model, self.original)
+        self.remembered.restore()
 
 
 @contextmanager
-def applied(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor]) -> Iterator[Transaction]:
+def applied(analysis: Analysis, keep: Mapping[str, Tensor]) -> Iterator[Transaction]:
     """Apply a cut; whatever is raised inside undoes it."""
-    transaction = Transaction(model, graph, keep)
+    transaction = Transaction(analysis, keep)
     try:
         yield transaction
     except BaseException:

@@ -2,35 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from lightning_prune.errors import ShrinkError
 from lightning_prune.graph.analysis import Analysis
-from lightning_prune.graph.channels import ChannelGraph
+from lightning_prune.graph.program import tensors_in
 from lightning_prune.surgery.resize import Saved, replace, restore
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def outputs(analysis: Analysis) -> list[tuple[str, Tensor]]:
-    """What the evaluation programs hand out now."""
-    results = []
+class Output(NamedTuple):
+    """A tensor that a program hands out, with the relative difference that rounding may make in it."""
+
+    value: Tensor
+    tolerance: float
+
+
+def outputs(analysis: Analysis) -> list[Output]:
+    """What the evaluation programs hand out now.
+
+    Raises:
+        ShrinkError: If one of them cannot be run.
+    """
+    found: list[Output] = []
     for run in analysis.runs:
-        if not run.program.training:
-            tensors = [leaf for leaf in tree_leaves(run.program.run()) if isinstance(leaf, Tensor)]
-            results += [(run.program.name, tensor.detach().clone()) for tensor in tensors]
-    return results
+        if run.program.training:
+            continue
+        tolerance = max((_TOLERANCE.get(dtype, 0.0) for dtype in run.dtypes), default=0.0)
+        try:
+            result = run.program.run()
+        except Exception as error:
+            raise ShrinkError(f"{run.program.name} failed ({type(error).__name__}: {error})") from error
+        found += [Output(tensor.detach().clone(), tolerance) for tensor in tensors_in(result)]
+    return found
 
 
-def masked_outputs(graph: ChannelGraph, keep: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """Outputs of the full network with the removed units switched off."""
-    assert graph.evidence is not None
-    tensors, values = graph.evidence.tensors, {}
+def masked_outputs(analysis: Analysis, keep: Mapping[str, Tensor]) -> list[Output]:
+    """Outputs of the full network with the removed units switched off.
+
+    Raises:
+        ShrinkError: If it cannot be run so.
+    """
+    tensors = analysis.tensors
+    values: dict[str, Tensor] = {}
     for name, units in keep.items():
-        group = graph.groups[name]
+        group = analysis.groups[name]
         off = torch.ones(group.width, dtype=torch.bool)
         off[units] = False
         for slot in group.off:
@@ -40,7 +61,7 @@ def masked_outputs(graph: ChannelGraph, keep: Mapping[str, Tensor]) -> list[tupl
     try:
         for name, value in values.items():
             replace(tensors[name], value)
-        return outputs(graph.evidence)
+        return outputs(analysis)
     finally:
         restore(saved)
 
@@ -57,12 +78,21 @@ def _difference(expected: Tensor, found: Tensor) -> float:
     return float((a - b).abs().max()) / scale if scale > 0 else float(b.abs().max()) if b.numel() else 0.0
 
 
-def largest_difference(expected: list[tuple[str, Tensor]], found: list[tuple[str, Tensor]]) -> tuple[float, float]:
-    """Largest relative difference, and the tolerance for the data type it was found in."""
-    worst, tolerance = 0.0, _TOLERANCE[torch.float32]
-    for (_, a), (_, b) in zip(expected, found, strict=True):
-        if a.shape == b.shape:
-            difference, allowed = _difference(a, b), _TOLERANCE.get(a.dtype, 1e-4)
-            if difference / allowed > worst / tolerance:
-                worst, tolerance = difference, allowed
-    return worst, tolerance
+def largest_difference(expected: Sequence[Output], found: Sequence[Output]) -> float:
+    """Largest relative difference between outputs of the same shape.
+
+    Raises:
+        ShrinkError: If one differs by more than rounding can explain.
+    """
+    if len(expected) != len(found):
+        raise ShrinkError(f"the shrunk network hands out {len(found)} tensors, the masked one {len(expected)}")
+    largest = 0.0
+    for (masked, tolerance), (shrunk, _) in zip(expected, found, strict=True):
+        if masked.shape == shrunk.shape:
+            difference = _difference(masked, shrunk)
+            if not difference <= tolerance:
+                raise ShrinkError(
+                    f"the shrunk network differs from the masked one by {difference:.2g} of the largest output"
+                )
+            largest = max(largest, difference)
+    return largest

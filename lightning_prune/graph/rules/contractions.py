@@ -88,7 +88,8 @@ def vector_product(call: Call) -> list[Planes]:
     b = Labelled(tuple(vector.shape), call.planes(vector))
     dim = matrix.dim() - 1
     lifted = tuple(Plane(p.ids.reshape((1,) * dim + (-1,)), p.zero) for p in b.planes)
-    summed = contract(call, a, Labelled((1,) * dim + b.shape, lifted), dim, (call.is_static(matrix), call.is_static(vector)))
+    static = (call.is_static(matrix), call.is_static(vector))
+    summed = contract(call, a, Labelled((1,) * dim + b.shape, lifted), dim, static)
     return [tuple(Plane(p.ids.squeeze(dim), p.zero) for p in summed)]
 
 
@@ -116,6 +117,8 @@ def convolution(call: Call) -> list[Planes]:
 
     image = tuple(map(joint_data, settle(call.space, call.planes(data), spatial, "varies over the image")))
     filters = tuple(map(joint_weight, settle(call.space, call.planes(weight), kernel, None)))
+    if groups > 1 and not any(plane.dims == (3,) for plane in image):  # then only whole groups can go
+        filters = settle(call.space, filters, (2, 3) if transposed else (3,), None)
     a = Labelled((batch, groups, 1, per_group_in), image)
     b = Labelled((1, groups, per_group_out, per_group_in), filters)
     call.witness(a.shape, a.planes)

@@ -20,12 +20,24 @@ def fixed_values(call: Call) -> list[Planes]:
     return [() for _ in call.outputs]
 
 
+def from_data(call: Call) -> list[Planes]:
+    """Tensors made from numbers of Python or NumPy: a size may have been written into a small one."""
+    data = call.outputs[0]
+    if data.numel() <= _SMALL:
+        call.constant(str(data.tolist()))  # as a string, in which NaN equals NaN
+    return [()]
+
+
+_SMALL = 64
 _UNIFORM = (
     "zeros", "ones", "full", "empty", "rand", "randn", "zeros_like", "ones_like", "full_like", "empty_like",
     "rand_like", "randn_like", "new_zeros", "new_ones", "new_full", "new_empty", "empty_strided", "new_empty_strided",
 )  # fmt: skip
-_FIXED = ("arange", "linspace", "eye", "scalar_tensor", "randint", "randperm", "tril_indices", "triu_indices", "one_hot")
+_FIXED = (
+    "arange", "linspace", "eye", "scalar_tensor", "randint", "randperm", "tril_indices", "triu_indices", "one_hot",
+)  # fmt: skip
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_UNIFORM, uniform_values),
     **dict.fromkeys(_FIXED, fixed_values),
+    **dict.fromkeys(("lift_fresh", "lift_fresh_copy"), from_data),
 }

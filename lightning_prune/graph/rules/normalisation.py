@@ -59,7 +59,8 @@ def layer_norm(call: Call) -> list[Planes]:
     planes = settle(call.space, call.planes(data), inner, _STATISTICS)
     vectors = {key: call.arguments.get(key) for key in ("weight", "bias")}
     merged = _affine(call, planes, tuple(data.shape[-normalised:]), vectors)
-    return [merged, *[planes for _ in call.outputs[1:]]]
+    statistics = tuple(Plane(p.ids, False) for p in planes)
+    return [merged, *[statistics for _ in call.outputs[1:]]]
 
 
 def group_norm(call: Call) -> list[Planes]:
@@ -78,7 +79,8 @@ def group_norm(call: Call) -> list[Planes]:
         ids = reshape_ids(plane.ids, inner, (batch, channels))
         planes.append(Plane(ids.reshape(*ids.shape, *ones), plane.zero))
     vectors = {key: call.arguments.get(key) for key in ("weight", "bias")}
-    return [_affine(call, tuple(planes), (1, channels, *ones), vectors), *[() for _ in call.outputs[1:]]]
+    statistics = tuple(Plane(p.ids.squeeze(2), False) for p in whole)
+    return [_affine(call, tuple(planes), (1, channels, *ones), vectors), *[statistics for _ in call.outputs[1:]]]
 
 
 _BATCH_NORMS = (

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.graph.labels import SOLID, Plane, compact, reshape_ids, settle
+from lightning_prune.graph.labels import SOLID, Plane, align, compact, reshape_ids, settle
 from lightning_prune.graph.rules.pointwise import merge
 from lightning_prune.graph.tracer import Call, Labelled, Planes, Rule
 
@@ -38,13 +38,12 @@ def same_place(call: Call) -> list[Planes]:
 
 
 def expand(call: Call) -> list[Planes]:
-    """Broadcasting adds dimensions along which nothing varies."""
-    ndim = call.outputs[0].dim()
-    planes = (
-        Plane(p.ids.reshape((1,) * (ndim - p.ids.dim()) + tuple(p.ids.shape)), p.zero)
-        for p in call.planes(_source(call))
-    )
-    return [tuple(planes)]
+    """Broadcasting adds dimensions along which nothing varies; they may take any size."""
+    source, target = _source(call), call.outputs[0]
+    before = (1,) * (target.dim() - source.dim()) + tuple(source.shape)
+    grown = [d for d, size in enumerate(before) if size != target.shape[d]]
+    fresh = (Plane(p.ids, False) for p in call.new_labels(target.shape, grown))
+    return [(*(align(p, target.dim()) for p in call.planes(source)), *fresh)]
 
 
 def slice_(call: Call) -> list[Planes]:
@@ -70,6 +69,13 @@ def narrow_reads(call: Call) -> list[Planes]:
     return [planes for _ in call.outputs]
 
 
+def keep_pieces_equal(call: Call, planes: Planes, dim: int, pieces: int) -> None:
+    """Whatever goes from one piece along ``dim`` goes from all the others at the same place."""
+    for plane in planes:
+        if plane.ids.shape[dim] > 1:
+            call.space.keep_dense(plane.ids.unflatten(dim, (pieces, -1)))
+
+
 def split(call: Call) -> list[Planes]:
     """Pieces along one dimension. Equal pieces must stay equal."""
     source = _source(call)
@@ -77,11 +83,7 @@ def split(call: Call) -> list[Planes]:
     lengths = [output.shape[dim] for output in call.outputs]
     planes = call.planes(source)
     if len(set(lengths)) == 1:
-        cut = (len(lengths), lengths[0])
-        shape = (*source.shape[:dim], *cut, *source.shape[dim + 1 :])
-        whole = (1, 1)
-        cuts = (Plane(p.ids.unflatten(dim, cut if p.ids.shape[dim] > 1 else whole), p.zero) for p in planes)
-        call.witness(shape, tuple(cuts))
+        keep_pieces_equal(call, planes, dim, len(lengths))
     results: list[list[Plane]] = [[] for _ in lengths]
     for plane in planes:
         varies = plane.ids.shape[dim] > 1
@@ -139,6 +141,28 @@ def rearrange(call: Call) -> list[Planes]:
     return [tuple(result)]
 
 
+def channel_shuffle(call: Call) -> list[Planes]:
+    """Channels of equal groups are dealt out in turn."""
+    keep_pieces_equal(call, call.planes(_source(call)), 1, call.arguments["groups"])
+    return rearrange(call)
+
+
+def glu(call: Call) -> list[Planes]:
+    """One half gates the other."""
+    source = _source(call)
+    dim = _dim(call, source.dim())
+    planes = call.planes(source)
+    keep_pieces_equal(call, planes, dim, 2)
+    halves: list[list[Plane]] = [[], []]
+    for plane in planes:
+        pieces = plane.ids.chunk(2, dim) if plane.ids.shape[dim] > 1 else (plane.ids, plane.ids)
+        for half, piece in zip(halves, pieces, strict=True):
+            half.append(Plane(compact(piece), plane.zero))
+    shape = tuple(call.outputs[0].shape)
+    operands = [Labelled(shape, tuple(half)) for half in halves]
+    return [merge(call.space, operands, lambda zeros: 0 in zeros, (call.static, call.static))]
+
+
 def pad(call: Call) -> list[Planes]:
     """Constant padding: a labelled dimension gains positions that stay; other dimensions only grow."""
     source, amounts = _source(call), list(call.arguments["pad"])
@@ -174,7 +198,7 @@ def index_along(call: Call) -> list[Planes]:
 
 _RESHAPES = (
     "view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten", "unflatten", "alias",
-    "detach", "clone", "contiguous", "lift_fresh", "lift_fresh_copy", "squeeze_copy", "expand_as", "positive",
+    "detach", "clone", "contiguous", "squeeze_copy", "expand_as", "positive",
 )  # fmt: skip
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_RESHAPES, reshape),
@@ -183,7 +207,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk"), split),
     **dict.fromkeys(("repeat", "flip", "roll", "pixel_shuffle", "pixel_unshuffle", "unfold", "im2col"), rearrange),
     **dict.fromkeys(("index_select", "embedding"), index_along),
+    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), channel_shuffle),
     "expand": expand,
+    "glu": glu,
     "slice": slice_,
     "cat": cat,
     "stack": stack,

@@ -1,0 +1,65 @@
+"""What came of a fit: the report, the metrics, and where they go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+
+from lightning_prune.callbacks.network import Network
+from lightning_prune.report import GroupWidth, PruneReport, Request, Round, Totals
+
+_METRICS = {"removed": "max", "channels": "min", "parameters": "min", "macs": "min"}
+"""Numbers to log, and how values of one epoch are reduced so that the last one stays: a network never grows."""
+
+
+def log_metrics(trainer: Trainer, pl_module: LightningModule, now: Mapping[str, float]) -> None:
+    """Log the numbers of now through the module, so that loggers and monitoring callbacks see them."""
+    if trainer.barebones:
+        return
+    for name, reduction in _METRICS.items():
+        pl_module.log(
+            f"prune/{name}", float(now[name]), on_step=False, on_epoch=True, reduce_fx=reduction, rank_zero_only=False
+        )
+
+
+def log_final_metrics(trainer: Trainer, now: Mapping[str, float]) -> None:
+    """Hand the numbers of now to the loggers themselves, once the module cannot log any more."""
+    for logger in trainer.loggers:
+        logger.log_metrics({f"prune/{name}": float(now[name]) for name in _METRICS}, step=trainer.global_step)
+
+
+def make_report(record: Mapping[str, Any], network: Network, requested: Request) -> PruneReport:
+    """The report of a fit that has ended."""
+    kept = network.widths()
+    return PruneReport(
+        groups=tuple(GroupWidth(name, width, kept[name]) for name, width in network.original.items()),
+        before=Totals(**record["before"]),
+        after=network.totals(),
+        requested=requested,
+        reached=record["now"]["removed"],
+        refused=tuple(network.graph.refused),
+        notes=tuple(_notes(record, network)),
+        history=tuple(Round(int(epoch), int(step), float(share)) for epoch, step, share in record["rounds"]),
+    )
+
+
+def _notes(record: Mapping[str, Any], network: Network) -> list[str]:
+    notes = []
+    if record["level"] < 1 and network.graph.groups:
+        notes.append("the fit ended before the last round of the schedule, so the budget was not reached")
+    if any(not bool(mask.all()) for mask in network.masks.keep.values()):
+        notes.append("masks only: nothing got smaller or faster; set shrink='end' or shrink='rounds' for that")
+    return notes
+
+
+def save_outcome(trainer: Trainer, report: PruneReport, directory: str | None) -> None:
+    """Write the final checkpoint and the report, unless there is no place for them or this is only a trial run."""
+    found = directory or getattr(trainer.checkpoint_callback, "dirpath", None)
+    if found is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    trainer.save_checkpoint(Path(found) / "pruned.ckpt", weights_only=False)
+    if trainer.is_global_zero:
+        report.save(found)

@@ -1,0 +1,76 @@
+"""Run by two processes: fits a few rows under DDP and writes down what each process holds, to the folder given."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from lightning_prune import ChannelPruning, Linear, OneShot
+from tests.fits import BATCHES, Liveness, loader, small_net, trainer, widths
+
+FITS = {
+    "l1": {"criterion": "l1", "of": "macs", "schedule": OneShot(0, "step")},
+    "random": {"criterion": "random", "of": "channels", "schedule": Linear(1, 5, 2, "step")},
+    "taylor": {"criterion": "taylor", "of": "params", "schedule": Linear(0.3, 0.8, 0.2, "fraction"), "recalibrate": 1},
+    "end": {"criterion": "taylor", "shrink": "end", "schedule": OneShot(1, "epoch")},
+    "latency": {"criterion": "l2", "of": "latency", "remove": 0.05, "schedule": OneShot(1, "epoch")},
+    "accumulated": {"criterion": "random", "of": "channels", "schedule": OneShot(0.5, "epoch")},
+}
+
+
+class Diary(L.Callback):
+    """Weights, optimizer state and masks of this process after every batch."""
+
+    def __init__(self, pruning):
+        self.pruning, self.pages = pruning, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.pages.append(
+            {
+                "weights": {name: value.clone() for name, value in pl_module.named_parameters()},
+                "state": trainer.optimizers[0].state_dict()["state"],
+                "masks": self.pruning._network.masks.state_dict(),
+                "rounds": len(self.pruning._record["rounds"]),
+            }
+        )
+        self.pages = torch.load(copied(self.pages), weights_only=True)
+
+
+def copied(value):
+    """A file in memory; what is read from it shares nothing with the fit."""
+    import io
+
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return file
+
+
+def fit(name, **arguments):
+    """One fit; returns the module, the callback and the diary."""
+    pruning = ChannelPruning(**FITS[name])
+    diary, module = Diary(pruning), small_net()
+    accumulate = 2 if name == "accumulated" else 1
+    watch = [diary] if accumulate > 1 else [Liveness(), diary]
+    used = trainer(pruning, *watch, epochs=2, accumulate_grad_batches=accumulate, **arguments)
+    used.fit(module, loader(2 * BATCHES))
+    return module, pruning, diary, used
+
+
+def main(folder):
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    for name in FITS:
+        module, pruning, diary, used = fit(name, strategy="ddp", devices=2)
+        assert used.world_size == 2
+        result = {"pages": diary.pages, "widths": widths(module), "weights": module.state_dict()}
+        result["history"] = [list(entry) for entry in pruning.report.history]
+        torch.save(result, Path(folder) / f"{name}-{used.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from lightning import LightningModule
@@ -254,7 +254,7 @@ def load_pruned(path: str | Path, model: type[Module] | Module, **kwargs: Any) -
     # Read here for its record alone; mapped, so that a large file is not read twice.
     record = torch.load(path, map_location="cpu", weights_only=safely, mmap=True).get(KEY, {})
     with _resizing_load(model, record):
-        return cast(Module, model.load_from_checkpoint(path, **kwargs))
+        return model.load_from_checkpoint(path, **kwargs)
 
 
 def _load_into(model: Module, checkpoint: dict[str, Any], strict: bool) -> Module:
@@ -282,6 +282,6 @@ def _resizing_load(kind: type[LightningModule], record: Mapping[str, Any]) -> It
         yield
     finally:
         if own is None:
-            del kind.load_state_dict  # type: ignore[misc]
+            del kind.load_state_dict
         else:
             kind.load_state_dict = own  # type: ignore[method-assign]

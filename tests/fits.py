@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import lightning as L
 import torch
@@ -171,6 +170,24 @@ def equal(first, second):
     return first == second
 
 
+def surface(module):
+    """Everything that could be left hanging on a module: attributes and hooks of all its modules and tensors."""
+    found = {}
+    for path, part in module.named_modules():
+        found[path] = set(vars(part))
+        found[path, "hooks"] = {name: list(hooks) for name, hooks in vars(part).items() if name.endswith("_hooks")}
+        found[path, "forward"] = type(part), "forward" in vars(part)
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        hooks = tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)
+        found[name] = type(tensor), hooks, set(vars(tensor))
+    return found
+
+
+def optimizer_hooks(optimizers):
+    """Number of hooks of each kind on each optimizer."""
+    return [{name: len(hooks) for name, hooks in vars(o).items() if name.endswith("_hooks")} for o in optimizers]
+
+
 class Rows(Logger):
     """Keeps every logged row in memory."""
 
@@ -232,10 +249,3 @@ class Liveness(L.Callback):
             for parameter, state in optimizer.state.items():
                 assert all(v.shape == parameter.shape for v in state.values() if torch.is_tensor(v) and v.dim())
         self.batches += 1
-
-
-def quietly(call, *arguments):
-    """Call something whose warnings are not the point."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return call(*arguments)

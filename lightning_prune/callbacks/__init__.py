@@ -1,0 +1,1 @@
+"""The pruning callbacks: the base of all, and one file per method."""

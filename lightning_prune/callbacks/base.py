@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -226,9 +226,12 @@ class PruningCallback(Callback, ABC):
             self._probe.programs()[-1].run()  # says it if that does not fit
         network = Network(trainer, pl_module, self._probe, self._record)
         if not self._record:
-            self._start_record(network)
+            try:
+                self._start_record(network)
+            except PruneError:
+                self._record.clear()
+                raise
         self._network = network
-        self._note(network)
         network.rewrap()
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
 
@@ -239,12 +242,9 @@ class PruningCallback(Callback, ABC):
             reasons = "; ".join(f"{path}: {reason}" for path, reason in network.graph.refused[:5])
             name = type(network.module).__name__
             rank_zero_warn(f"nothing in {name} can be pruned, training goes on without it ({reasons})")
-            return
-        try:
+        else:
             self.prepare(network)
-        except PruneError:
-            self._record.clear()
-            raise
+        self._note(network)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._network is not None:

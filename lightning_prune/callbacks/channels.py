@@ -15,6 +15,7 @@ from lightning_prune.callbacks.base import PruningCallback, Shrink
 from lightning_prune.callbacks.network import Network
 from lightning_prune.choices import unknown_name
 from lightning_prune.criteria import Criterion, CriterionName, criterion_from, normalise
+from lightning_prune.errors import ConfigurationError, PruneError
 from lightning_prune.graph.channels import ChannelGroup
 from lightning_prune.reinit import Reinit, ReinitName
 from lightning_prune.schedules import Schedule, ScheduleName
@@ -97,11 +98,14 @@ class ChannelPruning(PruningCallback):
         self.min_channels = min_channels
         self._criterion = criterion_from(criterion)
         self._limits = Limits(min_channels, round_to)
+        self._dense_latency: float | None = None
+        self._latencies: dict[tuple[tuple[str, int], ...], float] = {}
         for pattern, ratio in (ratios or {}).items():
             check_fraction(ratio, f"the ratio of {pattern!r}")
 
     @override
     def prepare(self, network: Network) -> None:
+        self._dense_latency = None
         self._check_patterns(network)
         eligible = self._record["eligible"] = self._eligible(network)
         if not eligible:
@@ -109,6 +113,12 @@ class ChannelPruning(PruningCallback):
                 f"include={self.include} and exclude={self.exclude} leave no channel group to prune; there are: "
                 f"{', '.join(network.graph.groups)}."
             )
+        for pattern in self.ratios or ():
+            if not any(_matches(network.graph.groups[name], [pattern]) for name in eligible):
+                raise ConfigurationError(
+                    f"{pattern!r} has a place in ratios, but include={self.include} and exclude={self.exclude} leave "
+                    f"all of its channels whole. Take it out of the one or the other."
+                )
         if self.of == "latency":  # measuring one for every step of a search is kept for the rounds
             network.cost_function("latency")(network.graph.widths)
         else:
@@ -117,6 +127,11 @@ class ChannelPruning(PruningCallback):
 
     @override
     def select(self, network: Network, level: float) -> dict[str, Tensor]:
+        if self.of == "latency":
+            # Measured against the present network each time: the machine may be busier than it was, or another one.
+            self._latencies.clear()
+            left = 1 - self._record["now"]["removed"]
+            self._dense_latency = self._cost(network)(network.masks.widths) / left
         scores = self._scores(network)
         if self.scope == "global" and self._criterion.normalised:
             scores = {name: normalise(score, network.masks.keep[name]) for name, score in scores.items()}
@@ -124,6 +139,9 @@ class ChannelPruning(PruningCallback):
 
     @override
     def removed(self, network: Network) -> float:
+        if self.of == "latency" and self._dense_latency is None:  # nothing was removed in this fit so far
+            return float(self._record["now"]["removed"]) if "now" in self._record else 0.0
+        self._latencies.clear()
         dense = self._dense_cost()
         return 1 - self._cost(network)(network.masks.widths) / dense if dense > 0 else 0.0
 
@@ -140,6 +158,11 @@ class ChannelPruning(PruningCallback):
             count += 1
             for name, group in groups.items():
                 score = self._criterion.score(group, network.tensors, gradients, generator)
+                if score.shape != (group.width,):
+                    raise PruneError(
+                        f"channel group {name!r} has {group.width} units, but its scores have shape "
+                        f"{list(score.shape)}. A criterion must return one score per unit."
+                    )
                 sums[name] = sums[name] + score if name in sums else score
         return {name: network.average(total / count) for name, total in sums.items()}
 
@@ -161,17 +184,28 @@ class ChannelPruning(PruningCallback):
         )
 
     def _cost(self, network: Network) -> Callable[[Mapping[str, int]], float]:
+        if self.of == "latency":
+            return lambda widths: self._latency_at(network, widths)
         if self.of != "channels":
             return network.cost_function(self.of)
         eligible: list[str] = self._record.get("eligible", [])
         # A group that is down to one channel is no group any more, but that channel still counts.
         return lambda widths: sum(widths.get(name, 1) for name in eligible)
 
+    def _latency_at(self, network: Network, widths: Mapping[str, int]) -> float:
+        """Measured once for the same widths, so that noise does not make a network cheaper than itself."""
+        key = tuple(widths.items())
+        if key not in self._latencies:
+            self._latencies[key] = network.cost_function("latency")(widths)
+        return self._latencies[key]
+
     def _dense_cost(self) -> float:
         if self.of == "channels":
             return float(sum(self._record["original"][name] for name in self._record.get("eligible", ())))
-        field = {"params": "parameters", "macs": "macs", "latency": "latency_seconds"}[self.of]
-        return float(self._record["before"][field])
+        if self.of == "latency":
+            assert self._dense_latency is not None
+            return self._dense_latency
+        return float(self._record["before"]["parameters" if self.of == "params" else "macs"])
 
     def _eligible(self, network: Network) -> list[str]:
         return [

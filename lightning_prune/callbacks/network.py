@@ -118,7 +118,7 @@ class Network:
     def average(self, value: Tensor) -> Tensor:
         """Mean over all processes."""
         strategy = self._trainer.strategy
-        mean: Tensor = strategy.reduce(value.to(strategy.root_device), reduce_op="mean")  # type: ignore[assignment]
+        mean: Tensor = strategy.reduce(value.to(strategy.root_device), reduce_op="mean")
         return mean
 
     def hold_masks(self) -> None:

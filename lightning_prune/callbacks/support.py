@@ -9,7 +9,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -61,9 +61,8 @@ def position_of(trainer: Trainer, batch_idx: int = 0) -> Position:
 
 
 def last_position_of(trainer: Trainer) -> Position:
-    """How far a fit has come that is over: what was due before its end is due by now, what was due at its end is not."""
-    done, length = position_of(trainer), length_of(trainer)
-    return Position(*(min(d, whole * (1 - 1e-6)) for d, whole in zip(astuple(done), astuple(length), strict=True)))
+    """How far a fit has come that is over: what was due before its end is due by now, what was due at its end not."""
+    return Position(*(done * (1 - 1e-6) for done in astuple(position_of(trainer))))
 
 
 def _automatic(trainer: Trainer) -> bool:
@@ -75,14 +74,14 @@ def say(trainer: Trainer, message: str) -> None:
     if not trainer.is_global_zero:
         return
     bar = trainer.progress_bar_callback
-    if bar is not None and not bar.is_disabled:
+    if bar is not None and not getattr(bar, "is_disabled", False):
         bar.print(message)
     else:
         rank_zero_info(message)
 
 
 def rewrap(trainer: Trainer) -> None:
-    """Give a network that changed its shape a new DDP wrapper, if it has one; the old reducer remembers the old sizes."""
+    """Give a network that was resized a new DDP wrapper, if it has one; the old reducer remembers the old sizes."""
     strategy = trainer.strategy
     if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
         module = strategy.lightning_module

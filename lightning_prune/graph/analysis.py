@@ -104,7 +104,8 @@ class Analysis:
         return Labels(self.space.fresh(tensor.shape) if labelled else (), static=True)
 
     def _trace(self, program: Program) -> set[int]:
-        tracer = Tracer(self.space, [(self.tensors[name], labels) for name, labels in self.labels.items()], find_rule)
+        leaves = [(self.tensors[name], labels) for name, labels in self.labels.items()]
+        tracer = Tracer(self.space, leaves, find_rule, compared=not program.training)
         outputs = run_traced(program, tracer)
         for output in outputs:
             for plane in tracer.labels_of(output).planes:

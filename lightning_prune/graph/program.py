@@ -84,7 +84,8 @@ def preserved(model: nn.Module, training: bool | None) -> Iterator[None]:
         training: The mode for every module of ``model``; None leaves each as it is.
     """
     modes = [(module, module.training) for module in model.modules()]
-    registered = [(module, dict(module._buffers)) for module in model.modules()]
+    scripted = torch.jit.ScriptModule  # whose buffers live outside Python
+    registered = [(m, dict(m._buffers)) for m in model.modules() if not isinstance(m, scripted)]
     with unobserved():
         buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
@@ -112,7 +113,7 @@ def preserved(model: nn.Module, training: bool | None) -> Iterator[None]:
 @contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[None]:
     """Put back which objects the attributes of all modules refer to, and the random state of Python and NumPy."""
-    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    attributes = [(m, dict(vars(m))) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
@@ -108,6 +110,13 @@ class Call:
         """Labels for a tensor that is made from nothing and may take any size along some (or all) dimensions."""
         return self._tracer.new_labels(shape, range(len(shape)) if dims is None else dims)
 
+    def opaque(self, reason: str) -> list[Planes]:
+        """Keep all channels that enter the operator whole; nothing is known of its outputs."""
+        for tensor in self.tensors:
+            for plane in self.planes(tensor):
+                self.space.freeze(plane.ids, reason)
+        return [() for _ in self.outputs]
+
     def constant(self, value: object) -> None:
         """Note something else that may not change with the widths."""
         self.values.append(value)
@@ -130,10 +139,15 @@ class Tracer(TorchDispatchMode):
         space: Where labels come from and what is learnt about them is kept.
         leaves: Labels of every parameter and buffer.
         find_rule: Gives the rule of an operator.
+        compared: Whether the numbers that come out will be compared with those of the shrunk network.
     """
 
     def __init__(
-        self, space: LabelSpace, leaves: Sequence[tuple[Tensor, Labels]], find_rule: Callable[[OpOverload], Rule]
+        self,
+        space: LabelSpace,
+        leaves: Sequence[tuple[Tensor, Labels]],
+        find_rule: Callable[[OpOverload], Rule],
+        compared: bool,
     ) -> None:
         """See the class."""
         super().__init__()  # type: ignore[no-untyped-call]
@@ -142,6 +156,7 @@ class Tracer(TorchDispatchMode):
         self.counted: list[Counted] = []
         self.touched: set[int] = set()
         self.dtypes: set[torch.dtype] = set()
+        self.compared = compared
         self._find_rule = find_rule
         self._labels: MutableMapping[Tensor, Labels] = WeakTensorKeyDictionary()
         self._leaves = {id(tensor) for tensor, _ in leaves}
@@ -167,7 +182,7 @@ class Tracer(TorchDispatchMode):
     def _carry(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         call = Call(self, func, args, kwargs, result)
         self.touched.update(id(tensor) for tensor in call.tensors if id(tensor) in self._leaves)
-        outputs = [self._settled(planes) for planes in self._find_rule(func)(call)]
+        outputs = [self._settled(planes) for planes in self.apply_rule(call)]
         for tensor, planes in zip(call.outputs, outputs, strict=True):
             self._forget_zero(call, tensor, planes)
             self._labels[tensor] = Labels(planes, call.static)
@@ -178,6 +193,18 @@ class Tracer(TorchDispatchMode):
         if call.name not in LAYOUT_ONLY:
             name = "view" if call.name in SAME_AS_VIEW else call.name
             self.emit(Event(name, call.constants(), tuple(call.witnesses)))
+
+    def apply_rule(self, call: Call) -> Sequence[Planes]:
+        """Labels of the outputs of a call."""
+        try:
+            planes = self._find_rule(call.function)(call)
+        except Exception as error:  # a rule that cannot follow a call must not stop the user's run
+            problem = f"operator {call.name} was called in a way that its rule cannot follow ({error})"
+            return call.opaque(problem)
+        if self.compared and torch.Tag.nondeterministic_seeded in call.function.tags:
+            for plane in itertools.chain(*planes):
+                self.space.freeze(plane.ids, "is mixed with random numbers, which would not be the same ones")
+        return planes
 
     def emit(self, event: Event) -> None:
         """Keep what was executed."""
@@ -215,6 +242,24 @@ class Tracer(TorchDispatchMode):
         self.counted.append(Counted(call.function._overloadpacket, arguments, stand_in(call.outputs[0])))
 
 
+class _OneLinear(TorchFunctionMode):
+    """Linear layers always run as one matrix product, whatever the strides of their input."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace ``linear``."""
+        if func is not torch.nn.functional.linear or not is_observed():
+            return func(*args, **(kwargs or {}))
+        return _linear(*args, **(kwargs or {}))
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if weight.dim() != 2 or input.dim() < 2:
+        return torch.nn.functional.linear(input, weight, bias)
+    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    product = rows.mm(weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+    return product if input.dim() == 2 else product.reshape(*input.shape[:-1], weight.shape[0])
+
+
 @contextmanager
 def decomposed() -> Iterator[None]:
     """Switch off the fused kernels that hide from a dispatch mode which operators they stand for."""
@@ -223,7 +268,7 @@ def decomposed() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
-            with torch.backends.mkldnn.flags(enabled=False):
+            with torch.backends.mkldnn.flags(enabled=False), _OneLinear():
                 yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

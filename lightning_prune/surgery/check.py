@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_prune.graph.analysis import Analysis, Run
 from lightning_prune.graph.labels import SOLID, Labels, LabelSpace, Plane, Witness, compact
 from lightning_prune.graph.rules import find_rule
-from lightning_prune.graph.tracer import Event, Planes, Tracer
+from lightning_prune.graph.tracer import Call, Event, Planes, Tracer
 
 
 class MismatchError(Exception):
@@ -18,16 +18,28 @@ class MismatchError(Exception):
 
 
 class _FinalSpace(LabelSpace):
-    """Labels after everything is known: nothing new may turn out to belong together or to stay whole."""
+    """Labels after everything is known: nothing new may turn out to belong together or to stay whole.
+
+    Args:
+        lost: For each label whether it was lost somewhere (see :class:`Expectation`).
+    """
+
+    def __init__(self, lost: Tensor) -> None:
+        """See the class."""
+        super().__init__()
+        self.lost = lost
 
     def unite(self, first: Tensor, second: Tensor, static: bool = False) -> None:
         """See the base; here the labels must be the same already."""
-        if not bool((first == second).all()):
+        if not agree(first, second, self.lost):
             raise MismatchError("channels meet that were apart in the full network")
 
     def freeze(self, ids: Tensor, reason: str | None) -> None:
-        """See the base; here the labels must be solid already (a single unit that is left is told by its size)."""
-        if compact(ids).numel() > 1 and bool((ids != SOLID).any()):
+        """See the base; here the labels must be solid already."""
+        ids = compact(ids)
+        if ids.numel() == 1:
+            self.lost[ids] = True
+        elif not agree(ids, torch.zeros_like(ids), self.lost):
             raise MismatchError(f"a channel that was removed elsewhere {reason}")
 
     def keep_dense(self, ids: Tensor) -> None:
@@ -37,21 +49,32 @@ class _FinalSpace(LabelSpace):
         """Roles are known."""
 
 
+def agree(first: Tensor, second: Tensor, lost: Tensor) -> bool:
+    """Whether labels are the same, but for those that were lost on one side."""
+    same = (first == second) | ((first == SOLID) & lost[second]) | ((second == SOLID) & lost[first])
+    return bool(same.all())
+
+
 class Expectation:
     """What each label becomes once some units are gone.
 
     Args:
         analysis: The solved analysis of the full network.
         kept: For each label of the analysis whether it stays, bool of shape ``[labels]``.
+
+    Attributes:
+        lost: For each label whether some tensor holds no other. A plane in which nothing varies says nothing, so in
+            what is made of that tensor the label is missing.
     """
 
     def __init__(self, analysis: Analysis, kept: Tensor) -> None:
         """See the class."""
         self.analysis = analysis
         self.kept = kept
+        self.lost = torch.zeros_like(kept)
 
     def plane(self, plane: Plane) -> tuple[Plane | None, dict[int, int]]:
-        """The plane without what was removed (None if nothing of it can be), and the new sizes it implies."""
+        """The plane without what was removed (None if nothing varies in it), and the new sizes it implies."""
         roots = compact(self.analysis.root(plane.ids))
         sizes = {}
         for dim, size in enumerate(roots.shape):
@@ -61,9 +84,9 @@ class Expectation:
                 roots = roots.index_select(dim, stays.nonzero().flatten())
                 sizes[dim] = int(stays.sum())
         roots = compact(roots)
-        if roots.numel() < 2:
-            return None, sizes
-        return Plane(roots, plane.zero), sizes
+        if roots.numel() == 1:
+            self.lost[roots] = True
+        return (Plane(roots, plane.zero) if roots.numel() > 1 else None), sizes
 
     def witness(self, witness: Witness) -> Witness:
         """The shape and labels that the shrunk network must show."""
@@ -92,7 +115,7 @@ class Checker(Tracer):
         for name, labels in analysis.labels.items():
             planes = [expectation.plane(plane)[0] for plane in labels.planes]
             leaves.append((analysis.tensors[name], Labels(tuple(p for p in planes if p is not None), labels.static)))
-        super().__init__(_FinalSpace(), leaves, find_rule)
+        super().__init__(_FinalSpace(expectation.lost), leaves, find_rule, compared=not run.program.training)
         self.expectation = expectation
         self.recorded = run.events
         self.position = 0
@@ -132,16 +155,26 @@ class Checker(Tracer):
         for seen, due in zip(event.witnesses, expected.witnesses, strict=True):
             if seen.shape != due.shape:
                 raise MismatchError(f"{event.name} gave shape {seen.shape} where {due.shape} is due")
-            if not _same(seen.planes, due.planes):
+            if not self._same(seen.planes, due.planes):
                 raise MismatchError(f"{event.name} of shape {seen.shape} holds other channels than those due")
         self.position += 1
 
+    def apply_rule(self, call: Call) -> Sequence[Planes]:
+        """Here a rule that cannot follow a call has found a difference."""
+        return self._find_rule(call.function)(call)
 
-def _same(seen: Planes, due: Planes) -> bool:
-    a, b = _informative(seen), _informative(due)
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    def _same(self, seen: Planes, due: Planes) -> bool:
+        lost = self.expectation.lost
+        unmatched = _informative(seen)
+        for ids in _informative(due):
+            match = next((i for i, s in enumerate(unmatched) if s.shape == ids.shape and agree(s, ids, lost)), None)
+            if match is not None:
+                del unmatched[match]
+            elif not agree(torch.zeros_like(ids), ids, lost):
+                return False
+        return not unmatched
 
 
 def _informative(planes: Planes) -> list[Tensor]:
     ids = [compact(plane.ids) for plane in planes]
-    return sorted((i for i in ids if i.numel() > 1 and bool((i != SOLID).any())), key=lambda i: tuple(i.shape))
+    return [i for i in ids if i.numel() > 1 and bool((i != SOLID).any())]

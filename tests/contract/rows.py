@@ -15,7 +15,6 @@ class Row:
     Args:
         name: How pytest calls it.
         arguments: Arguments of ``ChannelPruning``.
-        reached: Fraction of the budget removed when the fit ends, where that is not all of ``remove``.
     """
 
     name: str
@@ -28,10 +27,6 @@ class Row:
     @property
     def shrinks(self):
         return self.arguments.get("shrink", "rounds") != "never"
-
-    @property
-    def keeps_weights(self):
-        return self.arguments.get("reinit", "keep") == "keep"
 
 
 ROWS = [

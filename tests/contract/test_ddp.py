@@ -23,9 +23,7 @@ def results(tmp_path_factory):
     command = [sys.executable, "-m", "tests.contract.ddp_fits", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    return {
-        name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)] for name in FITS
-    }
+    return {name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)] for name in FITS}
 
 
 @pytest.mark.parametrize("name", FITS)

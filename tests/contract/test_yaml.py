@@ -14,8 +14,16 @@ from tests.contract.rows import ROWS
 from tests.fits import SmallNet
 
 ARGUMENTS = [name for name in inspect.signature(ChannelPruning).parameters]
-OBJECTS = {"criterion": Taylor(batches=2), "schedule": OneShot(3, "step"), "reinit": RandomReinit(), "min_channels": 0.5}
-CASES = {row.name: row.arguments for row in ROWS} | {"objects": OBJECTS, "norm": {"criterion": Norm(p=1.5, slots="all")}}
+OBJECTS = {
+    "criterion": Taylor(batches=2),
+    "schedule": OneShot(3, "step"),
+    "reinit": RandomReinit(),
+    "min_channels": 0.5,
+}
+CASES = {row.name: row.arguments for row in ROWS} | {
+    "objects": OBJECTS,
+    "norm": {"criterion": Norm(p=1.5, slots="all")},
+}
 
 
 def plain(value):
@@ -75,7 +83,9 @@ def test_print_config_shows_every_argument(capsys):
     assert list(shown["init_args"]) == ARGUMENTS
 
 
-@pytest.mark.parametrize(("option", "value"), [("criterion", "l3"), ("schedule", "cubist"), ("of", "flops"), ("colour", 1)])
+@pytest.mark.parametrize(
+    ("option", "value"), [("criterion", "l3"), ("schedule", "cubist"), ("of", "flops"), ("colour", 1)]
+)
 def test_a_wrong_option_is_refused_by_name(option, value, capsys):
     added = "--trainer.callbacks=lightning_prune.ChannelPruning"
     with pytest.raises(SystemExit):

@@ -25,10 +25,7 @@ _RULES: dict[str, Rule] = {
 
 def opaque(call: Call) -> list[Planes]:
     """Nothing is known of the operator: all channels that enter it stay whole."""
-    for tensor in call.tensors:
-        for plane in call.planes(tensor):
-            call.space.freeze(plane.ids, f"operator {call.function._schema.name} has no rule")
-    return [() for _ in call.outputs]
+    return call.opaque(f"operator {call.function._schema.name} has no rule")
 
 
 def find_rule(function: OpOverload) -> Rule:
@@ -37,7 +34,7 @@ def find_rule(function: OpOverload) -> Rule:
     if full_name in _USER_RULES:
         return _USER_RULES[full_name]
     namespace, name = full_name.split("::")
-    if namespace not in ("aten", "prims"):
+    if namespace not in ("aten", "prims") or torch.Tag.inplace_view in function.tags:
         return opaque
     name = name if name.startswith("__") or not name.endswith("_") else name[:-1]
     if torch.Tag.pointwise in function.tags and name not in shapes.RULES:

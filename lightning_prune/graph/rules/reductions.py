@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_prune.graph.labels import Plane, settle
 from lightning_prune.graph.rules.contractions import NEEDS_ZERO
-from lightning_prune.graph.tracer import Call, Planes, Rule
+from lightning_prune.graph.rules.pointwise import merge
+from lightning_prune.graph.tracer import Call, Labelled, Planes, Rule
 
 _SPATIAL = re.compile(r"pool|upsample|grid_sample|reflection_pad|replication_pad|col2im")
 
@@ -59,6 +60,18 @@ def reduce(call: Call) -> list[Planes]:
     return [tuple(result) for _ in call.outputs]
 
 
+def loss(call: Call) -> list[Planes]:
+    """Pointwise losses, averaged or summed unless told otherwise."""
+    static = [call.is_static(tensor) for tensor in call.tensors]
+    operands = [Labelled(tuple(tensor.shape), call.planes(tensor)) for tensor in call.tensors]
+    planes = merge(call.space, operands, lambda zeros: False, static)
+    if call.arguments["reduction"] == 0:
+        return [planes]
+    for plane in planes:
+        call.space.freeze(plane.ids, f"is averaged over by {call.name}")
+    return [()]
+
+
 def along(call: Call) -> list[Planes]:
     """Softmax, sorting, cumulative sums: positions along one dimension depend on each other."""
     source = call.tensors[0]
@@ -94,4 +107,9 @@ _REDUCTIONS = (
     "argmin", "linalg_vector_norm", "any", "all", "logsumexp", "nansum", "count_nonzero", "median", "aminmax",
 )  # fmt: skip
 _ALONG = ("_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "topk", "logcumsumexp", "_safe_softmax", "argsort")
-RULES: dict[str, Rule] = {**dict.fromkeys(_REDUCTIONS, reduce), **dict.fromkeys(_ALONG, along)}
+_LOSSES = ("mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "soft_margin_loss")
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(_REDUCTIONS, reduce),
+    **dict.fromkeys(_ALONG, along),
+    **dict.fromkeys(_LOSSES, loss),
+}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ArgumentParser
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import nn
@@ -53,7 +53,7 @@ def _doubtful_words(message: str) -> list[str]:
         r"[Gg]iven value: ([\w.]+)",
         r"Got value: ([\w.]+)",
     )
-    return [word for pattern in patterns for found in re.findall(pattern, message) for word in (found,)]
+    return [word for pattern in patterns for word in re.findall(pattern, message)]
 
 
 def _known_words(parser: ArgumentParser) -> Iterator[str]:
@@ -87,16 +87,14 @@ class PruneCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser that helps with mistyped names."""
-        parser = _HelpfulParser(**kwargs)
-        parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML or JSON file to take options from")
+        parser = super().init_parser(**kwargs)
+        parser.__class__ = _HelpfulParser  # LightningCLI has no other way in for a parser of one's own
         return parser
 
 
 def _model_parser(description: str) -> ArgumentParser:
     parser = ArgumentParser(description=description)
-    parser.add_argument(
-        "model", type=str, help="import path of a module class, or of a function that makes a module"
-    )
+    parser.add_argument("model", type=str, help="import path of a module class, or of a function that makes a module")
     parser.add_argument("--init", type=dict[str, Any], default={}, help="arguments to make it with, as JSON or YAML")
     parser.add_argument(
         "--shape",
@@ -206,9 +204,11 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def _usage() -> str:
-    lines = [f"lightning-prune {__version__}", "", "usage: lightning-prune COMMAND [options]; COMMAND --help tells more", ""]
+    lines = [f"lightning-prune {__version__}", "", "usage: lightning-prune COMMAND [options]"]
+    lines += ["       COMMAND --help tells more", ""]
     lines += [f"  {name:<10} {command.__doc__}" for name, command in _COMMANDS.items()]
-    lines += [f"  {name:<10} As in LightningCLI: --config FILE, --model CLASS, --data CLASS, ..." for name in _LIGHTNING]
+    lightning = "As in LightningCLI: --config FILE, --model CLASS, --data CLASS, ..."
+    lines += [f"  {name:<10} {lightning}" for name in _LIGHTNING]
     return "\n".join(lines)
 
 

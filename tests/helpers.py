@@ -97,3 +97,19 @@ def disagreeing_attributes(model):
         for key, size in expected_attributes(module).items()
         if getattr(module, key) != size
     ]
+
+
+class Net(nn.Module):
+    """A network from a function and its parts: ``Net(lambda net, x: net.b(net.a(x)), a=..., b=...)``."""
+
+    def __init__(self, function, **parts):
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
+
+    def forward(self, *inputs):
+        return self.function(self, *inputs)

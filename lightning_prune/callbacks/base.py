@@ -168,6 +168,8 @@ class PruningCallback(Callback, ABC):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._network is not None:
+            self._network.refresh()
         self._round_if_due(trainer, position_of(trainer))
 
     @override
@@ -193,6 +195,7 @@ class PruningCallback(Callback, ABC):
         network = self._network
         if network is None:
             return
+        network.refresh()
         # What was due after the last batch had started.
         changed = self._round_if_due(trainer, last_position_of(trainer))
         if self.shrink == "end" and network.shrink(network.masks.keep, self.verify).cuts:
@@ -263,6 +266,7 @@ class PruningCallback(Callback, ABC):
 
     def _round(self, trainer: Trainer, network: Network, level: float) -> None:
         """Select, mask, shrink, reinitialise, re-estimate, and take note."""
+        network.refresh()
         keep = trainer.strategy.broadcast(self.select(network, level), src=0)
         if self.shrink == "rounds":
             network.shrink(keep, self.verify)

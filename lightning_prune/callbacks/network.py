@@ -50,8 +50,7 @@ class Network:
         self._cut: set[str] = set(record.get("cut", ()))
         self._trace()
         self.original: dict[str, int] = {**self.graph.widths, **record.get("original", {})}
-        masks = record.get("masks", {})
-        self.masks.set({name: torch.as_tensor(mask) for name, mask in masks.items() if name in self.graph.groups})
+        self._mask(record.get("masks", {}))
 
     def _trace(self) -> None:
         """Find the channel groups of the module as it is now; all units count as kept."""
@@ -59,6 +58,20 @@ class Network:
         self.graph = trace_programs(self.module, self.probe.programs())
         self.masks = Masks(self.graph)
         self._cost = CostModel(self.graph, [name for name, _ in self.module.named_parameters()])
+
+    def _mask(self, masks: Mapping[str, Tensor]) -> None:
+        """Take over masks of an earlier graph."""
+        fitting = {name for name, mask in masks.items() if len(mask) == self.graph.widths.get(name)}
+        self.masks.set({name: masks[name] for name in fitting})
+
+    def refresh(self) -> None:
+        """Trace again if the user's code or another callback has replaced a parameter or buffer by another tensor."""
+        present = named_leaves(self.module)
+        if present.keys() != self.tensors.keys() or any(present[n] is not t for n, t in self.tensors.items()):
+            masks = self.masks.keep
+            self._trace()
+            self._mask(masks)
+            self.rewrap()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold beside the weights, in plain types."""

@@ -13,7 +13,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_prune.errors import TraceError
@@ -28,11 +27,6 @@ def copied(batch: Any) -> Any:
     """The batch with its own tensors, so that a step which writes into its batch does no harm."""
     with unobserved():
         return batch.clone() if hasattr(batch, "clone") else apply_to_collection(batch, Tensor, torch.clone)
-
-
-def sample_count(batch: Any) -> int:
-    """Size of the first dimension of the first tensor in a batch; 1 if there is none."""
-    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0), 1)
 
 
 def fresh_batches(trainer: Trainer, pl_module: LightningModule, count: int, seed: int) -> Iterator[Any]:

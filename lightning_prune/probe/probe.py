@@ -20,7 +20,7 @@ from lightning_prune.cost import measure_latency
 from lightning_prune.errors import PruneError, TraceError
 from lightning_prune.graph.program import Program, count_samples, unobserved
 from lightning_prune.probe.backward import LocalBackward, NoBackward
-from lightning_prune.probe.data import NoBatchError, copied, fresh_batches, sample_count
+from lightning_prune.probe.data import NoBatchError, copied, fresh_batches
 from lightning_prune.probe.sandbox import Record, sandbox, seed_everywhere
 
 SEED = 20
@@ -249,7 +249,7 @@ class Probe:
             handed_out = {"return": returned, "log": record.logged, "backward": record.losses}
             return {**handed_out, "outputs": record.outputs}
 
-        return Program(name, run, training, sample_count(data))
+        return Program(name, run, training, count_samples(data), _handed_out)
 
     def _training_step(self, batch: Any) -> Any:
         takes_index = is_param_in_hook_signature(self._module.training_step, "batch_idx", min_args=2)

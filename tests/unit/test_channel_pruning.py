@@ -150,17 +150,17 @@ def test_recalibrate_estimates_batch_norm_afresh_after_a_round(recalibrate):
 
 def test_a_latency_that_follows_the_parameters_is_budgeted_like_them(monkeypatch):
     monkeypatch.setattr(Probe, "latency", lambda probe, repeats=30: parameters(probe._module) * 1e-6)
-    module, callback = small_net(width=40), pruning(of="latency", remove=0.6, schedule=Linear(0, 4, 2, "step"))
+    module, callback = small_net(width=24), pruning(of="latency", remove=0.6, schedule=Linear(0, 4, 2, "step"))
     before = parameters(module)
     fit(callback, module=module, epochs=1)
-    assert parameters(module) == pytest.approx(0.4 * before, rel=0.02 / 0.4)
+    assert parameters(module) == pytest.approx(0.4 * before, rel=0.1)
     assert callback.report.reached == pytest.approx(1 - parameters(module) / before)
 
 
 def test_a_latency_budget_survives_a_machine_that_slows_down(monkeypatch):
     load = iter(range(1, 10000))
     monkeypatch.setattr(Probe, "latency", lambda p, repeats=30: parameters(p._module) * (1 + 0.001 * next(load)))
-    module, callback = small_net(width=40), pruning(of="latency", remove=0.6, schedule=Linear(0, 4, 1, "step"))
+    module, callback = small_net(width=24), pruning(of="latency", remove=0.6, schedule=Linear(0, 4, 2, "step"))
     before = parameters(module)
     fit(callback, module=module, epochs=1)
     assert parameters(module) == pytest.approx(0.4 * before, rel=0.1)

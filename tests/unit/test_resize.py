@@ -89,7 +89,7 @@ class TestReplace:
         assert parameter.grad is None
 
     @pytest.mark.parametrize("trainable", [True, False])
-    def test_a_frozen_parameter_stays_frozen(self, trainable):
+    def test_it_is_trained_or_not_as_before(self, trainable):
         parameter = nn.Parameter(torch.ones(3), requires_grad=trainable)
         replace(parameter, torch.ones(2))
         assert parameter.requires_grad == trainable
@@ -305,7 +305,7 @@ class TestOptimizers:
             optimizer.zero_grad()
             loss = linear(inputs).square().sum()
             loss.backward()
-            return loss
+            return loss.detach()
 
         optimizer.step(lambda: closure(torch.randn(5, 4)))
         with pytest.warns(UserWarning, match="LBFGS keeps its history .* starts afresh") as caught:

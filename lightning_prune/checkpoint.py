@@ -269,19 +269,33 @@ def _load_into(model: Module, checkpoint: dict[str, Any], strict: bool) -> Modul
 @contextmanager
 def _resizing_load(kind: type[LightningModule], record: Mapping[str, Any]) -> Iterator[None]:
     """Let instances of a class (or of its subclasses, which a checkpoint may name) take in any width for a while."""
-    own = vars(kind).get("load_state_dict")
-    original = kind.load_state_dict
 
-    def load_state_dict(self: LightningModule, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        refuse_foreign(self, state_dict, record)
-        resize_to(self, state_dict, record)
-        return original(self, state_dict, *args, **kwargs)
+    def fit(module: LightningModule, state_dict: Mapping[str, Tensor]) -> None:
+        refuse_foreign(module, state_dict, record)
+        resize_to(module, state_dict, record)
 
-    kind.load_state_dict = load_state_dict  # type: ignore[assignment]
+    # The first, so that the user's own hook sees what will be loaded fit; the second for subclasses that override it.
+    with (
+        _preceded(kind, "on_load_checkpoint", lambda module, checkpoint: fit(module, checkpoint["state_dict"])),
+        _preceded(kind, "load_state_dict", fit),
+    ):
+        yield
+
+
+@contextmanager
+def _preceded(kind: type[LightningModule], name: str, act: Callable[[LightningModule, Any], None]) -> Iterator[None]:
+    """Do something before a method of a class runs, given its first argument."""
+    own, original = vars(kind).get(name), getattr(kind, name)
+
+    def method(self: LightningModule, *args: Any, **kwargs: Any) -> Any:
+        act(self, args[0] if args else next(iter(kwargs.values())))
+        return original(self, *args, **kwargs)
+
+    setattr(kind, name, method)
     try:
         yield
     finally:
         if own is None:
-            del kind.load_state_dict
+            delattr(kind, name)
         else:
-            kind.load_state_dict = own  # type: ignore[method-assign]
+            setattr(kind, name, own)

@@ -107,21 +107,27 @@ def count_macs(run: Callable[[], object], batch_size: int) -> float:
     return float(counter.get_total_flops()) / 2 / batch_size
 
 
-def measure_latency(run: Callable[[], object], repeats: int = 30, warmup: int = 5) -> float:
+def measure_latency(run: Callable[[], object], repeats: int = 30, warmup: int = 5, limit: float = 5.0) -> float:
     """Median wall-clock seconds of one call of ``run``, waiting for the accelerator if there is one.
 
     Args:
         run: Runs the network once.
         repeats: Number of timed calls.
         warmup: Number of calls before, which are not timed.
+        limit: Seconds after which no more calls are made; there are two at least, one of them timed.
 
     Example:
         >>> measure_latency(lambda: time.sleep(0.002), repeats=3, warmup=0) >= 0.002
         True
     """
-    for _ in range(warmup):
-        run()
-    return statistics.median(_seconds(run) for _ in range(repeats))
+    end = time.perf_counter() + limit
+    for number in range(warmup):
+        if number == 0 or time.perf_counter() < end:
+            run()
+    times = [_seconds(run)]
+    while len(times) < repeats and time.perf_counter() < end:
+        times.append(_seconds(run))
+    return statistics.median(times)
 
 
 def _seconds(run: Callable[[], object]) -> float:

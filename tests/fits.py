@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_prune import ChannelPruning
 from lightning_prune.callbacks.network import Network
-from tests.helpers import difference, masked_copy, run
+from tests.helpers import difference, masked_copy
 
 BATCHES, BATCH_SIZE, CLASSES = 6, 8, 3
 OPTIMIZERS = {
@@ -206,24 +206,28 @@ class Rows(Logger):
 
 
 class Exactness:
-    """Compares the module with the masked original at every shrink of a fit, by plain indexing on its own data.
+    """Compares the module with the masked original, made by plain indexing, at every shrink of a fit.
+
+    Args:
+        monkeypatch: Of the test.
+        outputs: What to compare: takes a module and returns tensors.
 
     Attributes:
         differences: Relative difference of the outputs at each shrink.
         changed: How far each shrink is from changing nothing, relative difference of masked and dense output.
     """
 
-    def __init__(self, monkeypatch, *inputs):
+    def __init__(self, monkeypatch, outputs):
         self.differences, self.changed = [], []
         original = Network.shrink
 
         def shrink(network, keep, verify):
             units = {name: mask.nonzero().flatten() for name, mask in keep.items()}
-            dense = run(copy.deepcopy(network.module), *inputs)
-            masked = run(masked_copy(network.module, network.graph, units), *inputs)
+            dense = outputs(copy.deepcopy(network.module))
+            masked = outputs(masked_copy(network.module, network.graph, units))
             result = original(network, keep, verify)
             if result.cuts:
-                self.differences.append(difference(masked, run(network.module, *inputs)))
+                self.differences.append(difference(masked, outputs(network.module)))
                 self.changed.append(difference(dense, masked))
             return result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 import zlib
 from abc import ABC, abstractmethod
@@ -22,8 +21,8 @@ from lightning_prune.budget import check_fraction
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.outcome import log_final_metrics, log_metrics, make_report, save_outcome
 from lightning_prune.callbacks.support import (
+    check_schedule,
     last_position_of,
-    length_of,
     position_of,
     refuse_unsupported,
     say,
@@ -158,7 +157,8 @@ class PruningCallback(Callback, ABC):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._probe = Probe(trainer, pl_module)
-        self._check_schedule(trainer)
+        if self._record.get("level", 0.0) < 1:
+            check_schedule(trainer, self._schedule)
         # Batches of a new loader are preferred to those that training sees: a resumed fit gets the same ones.
         self._observing = not self._probe.ready()
         self._logged_epoch = -1
@@ -209,18 +209,6 @@ class PruningCallback(Callback, ABC):
         save_outcome(trainer, self._report, self.directory)
 
     # Steps of the lifecycle ------------------------------------------------------------------------------------------
-
-    def _check_schedule(self, trainer: Trainer) -> None:
-        """Refuse or warn of a schedule that does not fit into what is ahead."""
-        if self._record.get("level", 0.0) >= 1:
-            return
-        if warning := self._schedule.check(length_of(trainer)):
-            rank_zero_warn(warning)
-        if self._schedule.unit != "step" and math.isinf(trainer.num_training_batches) and trainer.max_steps == -1:
-            rank_zero_warn(
-                "the training data has no length, so it is not known how far an epoch has come: rounds can only be at "
-                'the starts of epochs and at the end. Give the schedule unit="step", or the Trainer max_steps.'
-            )
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Trace the network; start the record, or go on with the one that an earlier fit or a checkpoint left."""

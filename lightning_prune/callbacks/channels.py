@@ -233,7 +233,8 @@ class ChannelPruning(PruningCallback):
 
 def _makers(group: ChannelGroup) -> list[str]:
     """Names under which a group is known: its own, and those of all modules that make its channels."""
-    return [group.name, *(slot.tensor.rpartition(".")[0] for slot in group.with_role("producer"))]
+    paths = [group.name, *(slot.tensor.rpartition(".")[0] for slot in group.with_role("producer"))]
+    return [path.replace("_orig_mod.", "") for path in paths]  # what torch.compile puts in between
 
 
 def _matches(group: ChannelGroup, patterns: Iterable[str]) -> bool:

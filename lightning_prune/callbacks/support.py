@@ -6,16 +6,16 @@ import math
 from dataclasses import astuple
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.errors import ConfigurationError
-from lightning_prune.schedules import Position
+from lightning_prune.schedules import Position, Schedule
 
 
 def refuse_unsupported(trainer: Trainer, shrinks: bool) -> None:
@@ -46,6 +46,21 @@ def length_of(trainer: Trainer) -> Position:
         per_epoch = max(math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches), 1)
         epochs, steps = min(epochs, steps / per_epoch), min(steps, epochs * per_epoch)
     return Position(epochs, steps, 1.0)
+
+
+def check_schedule(trainer: Trainer, schedule: Schedule) -> None:
+    """Warn of a schedule that does not fit well into the fit.
+
+    Raises:
+        ConfigurationError: If it does not fit at all.
+    """
+    if warning := schedule.check(length_of(trainer)):
+        rank_zero_warn(warning)
+    if schedule.unit != "step" and math.isinf(trainer.num_training_batches) and trainer.max_steps == -1:
+        rank_zero_warn(
+            "the training data has no length, so it is not known how far an epoch has come: rounds can only be at the "
+            'starts of epochs and at the end. Give the schedule unit="step", or the Trainer max_steps.'
+        )
 
 
 def position_of(trainer: Trainer, batch_idx: int = 0) -> Position:
@@ -99,8 +114,8 @@ def shadows(pl_module: LightningModule) -> list[LightningModule]:
     trainer = pl_module._trainer
     averages: list[nn.Module] = []
     for callback in trainer.callbacks if trainer is not None else ():  # type: ignore[attr-defined]
-        averaging = isinstance(callback, (WeightAveraging, StochasticWeightAveraging))
-        held = [value for value in vars(callback).values() if isinstance(value, nn.Module)]
-        averages += [value for value in held if averaging or isinstance(value, AveragedModel)]
+        # The one that holds its average as a plain copy; all others wrap it as torch does.
+        kind = nn.Module if isinstance(callback, StochasticWeightAveraging) else AveragedModel
+        averages += [value for value in vars(callback).values() if isinstance(value, kind)]
     inside = (module for average in averages for module in average.modules())
     return [module for module in inside if module is not pl_module and type(module) is type(pl_module)]

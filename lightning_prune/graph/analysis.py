@@ -200,6 +200,7 @@ class Analysis:
             self.groups[group.name] = group
             self.units[group.name] = unit_roots[units]
         self.group_names = list(self.groups)
+        self._counts: dict[int, tuple[tuple[str, int], ...]] = {}
         self.group_of = torch.full((self.space.count,), -1)
         for number, roots in enumerate(self.units.values()):
             self.group_of[roots] = number
@@ -265,17 +266,21 @@ class Analysis:
     def extent(self, size: int, dim: int, planes: Sequence[Plane]) -> Extent:
         """Size of one dimension as a function of the group widths."""
         for plane in planes:
-            if plane.ids.shape[dim] == 1:
-                continue
-            groups = self.group_of[self.root(compact(self.root(plane.ids))).flatten()]
-            numbers, counts = torch.unique(groups[groups >= 0], return_counts=True)
-            if len(numbers):
-                names = [self.group_names[number] for number in numbers.tolist()]
-                per_unit = tuple(
-                    (name, int(count) // self.groups[name].width) for name, count in zip(names, counts, strict=True)
-                )
-                return Extent(size - int(counts.sum()), per_unit)
+            if plane.ids.shape[dim] > 1 and (per_unit := self._per_unit(plane.ids)):
+                removable = sum(count * self.groups[name].width for name, count in per_unit)
+                return Extent(size - removable, per_unit)
         return Extent(size)
+
+    def _per_unit(self, ids: Tensor) -> tuple[tuple[str, int], ...]:
+        """How many positions each unit of each group has along the dimension that labels vary on."""
+        if id(ids) not in self._counts:
+            groups = self.group_of[compact(self.root(ids)).flatten()]
+            numbers, counts = torch.unique(groups[groups >= 0], return_counts=True)
+            names = [self.group_names[number] for number in numbers.tolist()]
+            self._counts[id(ids)] = tuple(
+                (name, count // self.groups[name].width) for name, count in zip(names, counts.tolist(), strict=True)
+            )
+        return self._counts[id(ids)]
 
     def graph(self) -> ChannelGraph:
         """The channel graph as it is known now."""
@@ -314,9 +319,10 @@ def _table(leaves: Sequence[Leaf]) -> Table:
 
 def _signatures(roots: Tensor, leaves: Tensor) -> Iterator[Signature]:
     """For each unit how many positions of which leaves it owns; both tensors sorted by unit, then by leaf."""
-    runs, counts = torch.unique_consecutive(torch.stack([roots, leaves]), return_counts=True, dim=1)
-    _, runs_per_unit = torch.unique_consecutive(runs[0], return_counts=True)
-    entries = zip(runs[1].tolist(), counts.tolist(), strict=True)
+    base = int(leaves.max()) + 1 if len(leaves) else 1
+    runs, counts = torch.unique_consecutive(roots * base + leaves, return_counts=True)
+    _, runs_per_unit = torch.unique_consecutive(runs // base, return_counts=True)
+    entries = zip((runs % base).tolist(), counts.tolist(), strict=True)
     for count in runs_per_unit.tolist():
         yield tuple(itertools.islice(entries, count))
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 
@@ -56,6 +57,18 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             pending.extend(getattr(item, name) for name in getattr(item, "__slots__", ()) if hasattr(item, name))
 
 
+def map_nested(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to everything in nested tuples, lists and dicts, such as an operator's arguments."""
+    if isinstance(value, dict):
+        return {key: map_nested(function, item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [map_nested(function, item) for item in value]
+    if not isinstance(value, tuple):
+        return function(value)
+    items = [map_nested(function, item) for item in value]
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+
+
 _unobserved_depth = 0
 
 
@@ -65,7 +78,8 @@ def unobserved() -> Iterator[None]:
     global _unobserved_depth
     _unobserved_depth += 1
     try:
-        yield
+        with _disable_current_modes():
+            yield
     finally:
         _unobserved_depth -= 1
 

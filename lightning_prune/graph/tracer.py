@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_prune.graph.labels import Labels, LabelSpace, Plane, Witness
-from lightning_prune.graph.program import Program, is_observed, tensors_in
+from lightning_prune.graph.program import Program, is_observed, map_nested, tensors_in
 
 LAYOUT_ONLY = frozenset({"clone", "contiguous", "detach", "alias"})
 """Operators that come and go with the memory layout and say nothing of what is computed."""
@@ -58,6 +57,17 @@ def _size_arguments(function: OpOverload) -> frozenset[str]:
     return frozenset(re.findall(r"SymInt[^ ]* (\w+)", str(function._schema)))
 
 
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """All tensors among the arguments or results of an operator, which nest lists at most."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found.extend(_tensors(value))
+    return found
+
+
 class Call:
     """One operator call as its rule sees it.
 
@@ -81,9 +91,10 @@ class Call:
             for i, argument in enumerate(function._schema.arguments)
         }
         self.args, self.kwargs = args, kwargs
-        self.tensors: list[Tensor] = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
-        self.outputs: list[Tensor] = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        self.static = all(tracer.labels_of(tensor).static for tensor in self.tensors)
+        self.tensors = [*_tensors(args), *_tensors(kwargs.values())]
+        self.outputs = _tensors((out,))
+        self._labels = {id(tensor): tracer.labels_of(tensor) for tensor in self.tensors}
+        self.static = all(labels.static for labels in self._labels.values())
         self.witnesses: list[Witness] = []
         self.sizes: set[str] = set(_size_arguments(function))
         self.values: list[object] = []
@@ -96,11 +107,11 @@ class Call:
 
     def planes(self, tensor: Tensor | None) -> Planes:
         """The planes of a tensor argument."""
-        return () if tensor is None else self._tracer.labels_of(tensor).planes
+        return () if tensor is None else self._labels[id(tensor)].planes
 
     def is_static(self, tensor: Tensor) -> bool:
         """Whether a tensor argument depends on parameters and constants only."""
-        return self._tracer.labels_of(tensor).static
+        return self._labels[id(tensor)].static
 
     def witness(self, shape: Sequence[int], planes: Planes) -> None:
         """Show a shape the operator works in; its labels will be made separable and checked after a cut."""
@@ -189,7 +200,7 @@ class Tracer(TorchDispatchMode):
             self.dtypes.add(tensor.dtype)
             call.witness(tensor.shape, planes)
         if func._overloadpacket in flop_registry:
-            self._count(call)
+            self._count(call, outputs[0])
         if call.name not in LAYOUT_ONLY:
             name = "view" if call.name in SAME_AS_VIEW else call.name
             self.emit(Event(name, call.constants(), tuple(call.witnesses)))
@@ -234,22 +245,30 @@ class Tracer(TorchDispatchMode):
                 aliased = tuple(Plane(plane.ids, False) for plane in labels.planes)
                 self._labels[alias] = Labels(aliased, labels.static)
 
-    def _count(self, call: Call) -> None:
+    def _count(self, call: Call, result: Planes) -> None:
         def stand_in(value: Any) -> Any:
             return Labelled(tuple(value.shape), call.planes(value)) if isinstance(value, Tensor) else value
 
-        arguments = tuple(tree_map(stand_in, list(call.args)))
-        self.counted.append(Counted(call.function._overloadpacket, arguments, stand_in(call.outputs[0])))
+        arguments = map_nested(stand_in, tuple(call.args))
+        made = Labelled(tuple(call.outputs[0].shape), result)
+        self.counted.append(Counted(call.function._overloadpacket, arguments, made))
 
 
-class _OneLinear(TorchFunctionMode):
-    """Linear layers always run as one matrix product, whatever the strides of their input."""
+_RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+
+
+class _OneWay(TorchFunctionMode):
+    """Functions that choose among kernels by strides or hardware always go the same way, in operators that are seen."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace ``linear``."""
-        if func is not torch.nn.functional.linear or not is_observed():
-            return func(*args, **(kwargs or {}))
-        return _linear(*args, **(kwargs or {}))
+        """Replace ``linear``; run recurrent layers without their fused kernel."""
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear and is_observed():
+            return _linear(*args, **kwargs)
+        if getattr(func, "__name__", None) in _RECURRENT:
+            with torch.backends.mkldnn.flags(enabled=False):
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -268,7 +287,7 @@ def decomposed() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
-            with torch.backends.mkldnn.flags(enabled=False), _OneLinear():
+            with _OneWay():
                 yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

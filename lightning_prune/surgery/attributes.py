@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_prune.graph.analysis import Run
 from lightning_prune.graph.labels import user_line
-from lightning_prune.graph.program import is_observed, unobserved
+from lightning_prune.graph.program import is_observed, map_nested, unobserved
 from lightning_prune.surgery.check import Checker
 
 _MAX_ATTEMPTS = 200
@@ -82,6 +81,17 @@ def resolve(value: Any, values: Mapping[Setting, int]) -> Any:
     return value.evaluate(values) if isinstance(value, Symbol) else value
 
 
+def _symbols(values: Iterable[Any]) -> Iterator[Symbol]:
+    """Every symbol in nested tuples, lists and mappings."""
+    for value in values:
+        if isinstance(value, Symbol):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _symbols(value)
+        elif isinstance(value, dict):
+            yield from _symbols(value.values())
+
+
 class UnsolvedError(Exception):
     """A call cannot reproduce the recorded program.
 
@@ -123,19 +133,17 @@ class Solver(TorchFunctionMode):
         if not is_observed():
             return func(*args, **(kwargs or {}))
         arguments = (args, kwargs or {})
-        settings = sorted(
-            set().union(*(leaf.settings for leaf in tree_leaves(arguments) if isinstance(leaf, Symbol))), key=str
-        )
-        used_before = self.used & set(settings)
-        self.used.update(settings)
+        settings = set().union(*(symbol.settings for symbol in _symbols((args, *arguments[1].values()))))
+        used_before = self.used & settings
+        self.used |= settings
         start = self.checker.position
         try:
-            return self._attempt(func, arguments, self.values, start)
+            return self._attempt(func, arguments, self.values, start) if settings else func(*args, **arguments[1])
         except UnsolvedError:
             raise
         except Exception as error:
             failed_at = self.checker.position
-            for guess in self._guesses(settings, start, failed_at):
+            for guess in self._guesses(sorted(settings, key=str), start, failed_at):
                 try:
                     result = self._attempt(func, arguments, {**self.values, **guess}, start)
                 except Exception:
@@ -149,7 +157,7 @@ class Solver(TorchFunctionMode):
 
     def _attempt(self, func: Any, arguments: Any, values: Mapping[Setting, int], start: int) -> Any:
         self.checker.position = start
-        args, kwargs = tree_map(lambda leaf: resolve(leaf, values), arguments)
+        args, kwargs = map_nested(lambda leaf: resolve(leaf, values), arguments)
         return func(*args, **kwargs)
 
     def _guesses(self, settings: Sequence[Setting], start: int, failed_at: int) -> Iterator[dict[Setting, int]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_prune.graph.analysis import Analysis, Run
-from lightning_prune.graph.labels import SOLID, Labels, LabelSpace, Plane, Witness, compact
+from lightning_prune.graph.labels import SOLID, Labels, LabelSpace, Plane, Witness, compact, varying
 from lightning_prune.graph.rules import find_rule
 from lightning_prune.graph.tracer import Call, Event, Planes, Tracer
 
@@ -51,6 +51,8 @@ class _FinalSpace(LabelSpace):
 
 def agree(first: Tensor, second: Tensor, lost: Tensor) -> bool:
     """Whether labels are the same, but for those that were lost on one side."""
+    if first.shape == second.shape and torch.equal(first, second):
+        return True
     same = (first == second) | ((first == SOLID) & lost[second]) | ((second == SOLID) & lost[first])
     return bool(same.all())
 
@@ -72,21 +74,30 @@ class Expectation:
         self.analysis = analysis
         self.kept = kept
         self.lost = torch.zeros_like(kept)
+        self._restricted: dict[int, tuple[Tensor | None, dict[int, int]]] = {}
 
     def plane(self, plane: Plane) -> tuple[Plane | None, dict[int, int]]:
         """The plane without what was removed (None if nothing varies in it), and the new sizes it implies."""
-        roots = compact(self.analysis.root(plane.ids))
+        key = id(plane.ids)  # many planes of one network share their labels, and the analysis keeps these alive
+        if key not in self._restricted:
+            self._restricted[key] = self._restrict(plane.ids)
+        ids, sizes = self._restricted[key]
+        return (None if ids is None else Plane(ids, plane.zero)), sizes
+
+    def _restrict(self, ids: Tensor) -> tuple[Tensor | None, dict[int, int]]:
+        roots = compact(self.analysis.root(ids))
+        stays = self.kept[roots]
         sizes = {}
-        for dim, size in enumerate(roots.shape):
-            if size > 1:
-                other = tuple(0 if d != dim else slice(None) for d in range(roots.dim()))
-                stays = self.kept[roots[other]]
-                roots = roots.index_select(dim, stays.nonzero().flatten())
-                sizes[dim] = int(stays.sum())
-        roots = compact(roots)
+        if not bool(stays.all()):
+            for dim in varying(roots):
+                first = [slice(None) if d == dim else 0 for d in range(roots.dim())]
+                positions = stays[tuple(first)].nonzero().flatten()
+                roots = roots.index_select(dim, positions)
+                sizes[dim] = len(positions)
+            roots = compact(roots)
         if roots.numel() == 1:
             self.lost[roots] = True
-        return (Plane(roots, plane.zero) if roots.numel() > 1 else None), sizes
+        return (roots if roots.numel() > 1 else None), sizes
 
     def witness(self, witness: Witness) -> Witness:
         """The shape and labels that the shrunk network must show."""
@@ -165,8 +176,8 @@ class Checker(Tracer):
 
     def _same(self, seen: Planes, due: Planes) -> bool:
         lost = self.expectation.lost
-        unmatched = _informative(seen)
-        for ids in _informative(due):
+        unmatched = _informative(compact(plane.ids) for plane in seen)
+        for ids in _informative(plane.ids for plane in due):
             match = next((i for i, s in enumerate(unmatched) if s.shape == ids.shape and agree(s, ids, lost)), None)
             if match is not None:
                 del unmatched[match]
@@ -175,6 +186,5 @@ class Checker(Tracer):
         return not unmatched
 
 
-def _informative(planes: Planes) -> list[Tensor]:
-    ids = [compact(plane.ids) for plane in planes]
-    return [i for i in ids if i.numel() > 1 and bool((i != SOLID).any())]
+def _informative(labels: Iterable[Tensor]) -> list[Tensor]:
+    return [ids for ids in labels if ids.numel() > 1 and bool((ids != SOLID).any())]

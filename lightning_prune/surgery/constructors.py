@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from functools import cache
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,6 @@ class Descriptions:
 
     def __init__(self, model: nn.Module) -> None:
         """See the class."""
-        self._laws: dict[str, Laws] = {}
         self._modules = []
         for path, module in model.named_modules():
             shapes = _own_shapes(module)
@@ -60,24 +60,17 @@ class Descriptions:
         for setting, ratio in known.items():
             ratios[setting.module][setting.attribute, setting.element] = ratio
         result: dict[Setting, int] = {}
-        for description in self._modules:
-            path, module, arguments, old = description
-            now = _own_shapes(module)
-            if old == now:
-                continue
-            for argument, ratio in _solve(self._laws_of(description), old, now, ratios[path]).items():
-                value = ratio * _value(arguments, argument)
-                if value.denominator == 1:
-                    result[Setting(path, *argument)] = int(value)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            for path, module, arguments, old in self._modules:
+                now = _own_shapes(module)
+                if old == now:
+                    continue
+                laws = _known_laws(type(module), arguments, old)
+                for argument, ratio in _solve(laws, old, now, ratios[path]).items():
+                    value = ratio * _value(arguments, argument)
+                    if value.denominator == 1:
+                        result[Setting(path, *argument)] = int(value)
         return result
-
-    def _laws_of(self, description: Description) -> Laws:
-        """Laws are the same for all modules built alike."""
-        _, module, arguments, shapes = description
-        key = f"{type(module).__qualname__} {id(type(module))} {sorted(arguments.items(), key=lambda item: item[0])}"
-        if key not in self._laws:
-            self._laws[key] = _laws(type(module), arguments, shapes)
-        return self._laws[key]
 
 
 def _own_shapes(module: nn.Module) -> Shapes:
@@ -130,10 +123,21 @@ def _scaled(arguments: Mapping[str, Any], argument: Argument, ratio: Fraction) -
 
 def _built_shapes(kind: type[nn.Module], arguments: Mapping[str, Any]) -> Shapes | None:
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            return _own_shapes(kind(**arguments))
+        return _own_shapes(kind(**arguments))
     except Exception:  # a constructor of the user's may refuse anything; then it tells us nothing
         return None
+
+
+_LAWS: WeakKeyDictionary[type[nn.Module], dict[str, Laws]] = WeakKeyDictionary()
+
+
+def _known_laws(kind: type[nn.Module], arguments: Mapping[str, Any], shapes: Shapes) -> Laws:
+    """Laws are the same for all modules built alike."""
+    known = _LAWS.setdefault(kind, {})
+    key = f"{sorted(arguments.items(), key=lambda item: item[0])} {shapes}"
+    if key not in known:
+        known[key] = _laws(kind, arguments, shapes)
+    return known[key]
 
 
 def _laws(kind: type[nn.Module], arguments: Mapping[str, Any], shapes: Shapes) -> Laws:

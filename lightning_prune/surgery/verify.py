@@ -13,7 +13,14 @@ from lightning_prune.graph.analysis import Analysis
 from lightning_prune.graph.program import tensors_in
 from lightning_prune.surgery.resize import Saved, replace, restore
 
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+    torch.complex128: 1e-9,
+    torch.complex64: 1e-4,
+}
 
 
 class Output(NamedTuple):
@@ -66,14 +73,20 @@ def masked_outputs(analysis: Analysis, keep: Mapping[str, Tensor]) -> list[Outpu
         restore(saved)
 
 
+def _reals(tensor: Tensor) -> Tensor:
+    """The numbers in a tensor, complex ones as pairs of real ones."""
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).double()
+
+
 def _difference(expected: Tensor, found: Tensor) -> float:
-    """Largest difference relative to the largest value; infinite where one is NaN and the other is not."""
+    """Largest difference relative to the largest value; infinite where only one is NaN, or an infinity differs."""
     if expected.numel() == 0 or not (expected.is_floating_point() or expected.is_complex()):
         return 0.0
-    a, b = expected.double(), found.double()
-    if not torch.equal(a.isfinite(), b.isfinite()):
+    a, b = _reals(expected), _reals(found)
+    finite = a.isfinite() & b.isfinite()
+    if not torch.allclose(a[~finite], b[~finite], equal_nan=True):
         return float("inf")
-    a, b = a[a.isfinite()], b[b.isfinite()]
+    a, b = a[finite], b[finite]
     scale = float(a.abs().max()) if a.numel() else 0.0
     return float((a - b).abs().max()) / scale if scale > 0 else float(b.abs().max()) if b.numel() else 0.0
 

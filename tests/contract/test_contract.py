@@ -63,7 +63,11 @@ def done(request, tmp_path_factory):
     """One fit for each row; all promises are checked on it."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield Done(request.param, tmp_path_factory.mktemp(request.param.name), Exactness(patch, SAMPLES))
+        yield Done(
+            request.param,
+            tmp_path_factory.mktemp(request.param.name),
+            Exactness(patch, lambda module: run(module, SAMPLES)),
+        )
 
 
 def test_the_budget_is_reached(done):

@@ -46,7 +46,13 @@ def with_weak_channels(weak):
     """A network whose net.4 has some channels that are far weaker than all others, which are equally strong."""
     module = small_net()
     with torch.no_grad():
-        for layer in (module.net[0], module.net[3].expand, module.net[3].depthwise, module.net[3].project, module.net[4]):
+        for layer in (
+            module.net[0],
+            module.net[3].expand,
+            module.net[3].depthwise,
+            module.net[3].project,
+            module.net[4],
+        ):
             layer.weight.fill_(1.0)
         module.net[4].weight[weak] = 1e-3
     return module
@@ -142,7 +148,9 @@ def test_recalibrate_estimates_batch_norm_afresh_after_a_round(recalibrate):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.current_epoch == 1:
                 with torch.no_grad():
-                    gaps.append(float((pl_module.net[0](batch[0]).mean((0, 2, 3)) - pl_module.net[1].running_mean).abs().max()))
+                    gaps.append(
+                        float((pl_module.net[0](batch[0]).mean((0, 2, 3)) - pl_module.net[1].running_mean).abs().max())
+                    )
 
     fit(pruning(recalibrate=recalibrate), Watch(), data=loader(1), epochs=2)  # one batch is all the data
     assert gaps[0] < 1e-6 if recalibrate else gaps[0] > 1e-2
@@ -168,12 +176,15 @@ def test_a_latency_budget_survives_a_machine_that_slows_down(monkeypatch):
 
 def test_a_measured_latency_is_reached_or_the_reason_given():
     callback = pruning(of="latency", remove=0.1, schedule=START)
+    module, refusal = small_net(width=64), None
     try:
-        module, _ = fit(callback, module=small_net(width=64), epochs=1)
+        fit(callback, module=module, epochs=1)
     except BudgetError as error:
-        assert "of the latency: at most" in str(error)
-    else:
+        refusal = str(error)
+    if refusal is None:
         assert sum(widths(module)) < 5 * 64
+    else:
+        assert "of the latency: at most" in refusal
 
 
 def test_files_are_written_where_they_are_asked_for(tmp_path):

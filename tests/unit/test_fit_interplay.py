@@ -12,12 +12,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import (
     EarlyStopping,
-    EMAWeightAveraging,
     GradientAccumulationScheduler,
     ModelCheckpoint,
     OnExceptionCheckpoint,
-    StochasticWeightAveraging,
-    WeightAveraging,
 )
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader, IterableDataset
@@ -162,50 +159,6 @@ def test_the_length_of_a_fit_may_be_set_in_steps(epochs, steps):
     assert widths(module) == HALF
 
 
-AVERAGES = {
-    "ema": lambda: EMAWeightAveraging(decay=0.5),
-    "mean": lambda: WeightAveraging(),
-    "swa": lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=1),
-}
-
-
-@pytest.mark.parametrize("first", [True, False], ids=["average first", "pruning first"])
-@pytest.mark.parametrize("shrink", ["rounds", "end", "never"])
-@pytest.mark.parametrize("average", AVERAGES)
-def test_averages_of_the_weights_are_pruned_along(average, shrink, first):
-    callbacks = [AVERAGES[average](), halving(shrink=shrink)]
-    module, _ = fit(*(callbacks if first else callbacks[::-1]), epochs=3)
-    assert widths(module) == ([12, 24, 24] if shrink == "never" else HALF)
-    assert torch.isfinite(module(SAMPLES)).all()
-    if shrink == "never":
-        assert int((module.net[9].weight == 0).all(dim=0).sum()) == 12
-
-
-@pytest.mark.parametrize("first", [True, False], ids=["average first", "pruning first"])
-def test_a_fit_with_averages_resumes_bit_identically(tmp_path, first):
-    def train(module, **arguments):
-        callbacks = [EMAWeightAveraging(decay=0.5), halving()]
-        keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
-        used = trainer(*(callbacks if first else callbacks[::-1]), keep, enable_checkpointing=True)
-        used.fit(module, loader(), **arguments)
-        return module.state_dict()
-
-    whole = train(small_net())
-    for epoch in (0, 1):
-        assert equal(train(small_net(seed=9), ckpt_path=tmp_path / f"epoch={epoch}.ckpt"), whole)
-
-
-def test_a_teacher_of_the_same_class_is_left_alone():
-    class Distillation(L.Callback):
-        def __init__(self, teacher):
-            self.teacher = teacher
-
-    teacher = small_net(seed=3)
-    before = copy.deepcopy(teacher.state_dict())
-    fit(halving(), Distillation(teacher), epochs=2)
-    assert equal(teacher.state_dict(), before)
-
-
 def test_checkpoints_can_follow_the_metrics_of_pruning(tmp_path):
     best = ModelCheckpoint(tmp_path, filename="best", monitor="prune/removed", mode="max")
     module, used = fit(halving(), best, epochs=3, enable_checkpointing=True)
@@ -248,21 +201,21 @@ def test_the_checkpoint_of_a_crash_can_be_resumed(tmp_path):
     class Crash(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if trainer.global_step == 2 * BATCHES - 1 and not list(tmp_path.iterdir()):
-                raise OSError
+                raise OSError("no more disk")
 
     def train(module, **arguments):
         used = trainer(halving(), Crash(), OnExceptionCheckpoint(tmp_path, "crash"), enable_checkpointing=True)
         used.fit(module, loader(), **arguments)
         return module.state_dict()
 
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="no more disk"):
         train(small_net())
     resumed = train(small_net(seed=5), ckpt_path=tmp_path / "crash.ckpt")
     assert equal(resumed, train(small_net()))
 
 
 def test_a_file_saved_after_the_fit_can_be_resumed(tmp_path):
-    module, used = fit(halving(), epochs=2)
+    _, used = fit(halving(), epochs=2)
     used.save_checkpoint(tmp_path / "later.ckpt")
     resumed, again = small_net(seed=5), trainer(halving())
     again.fit(resumed, loader(), ckpt_path=tmp_path / "later.ckpt")
@@ -312,6 +265,27 @@ def test_a_learning_rate_search_before_the_fit_leaves_the_network_whole(tmp_path
     assert widths(module) == [12, 24, 24]
     used.fit(module, loader())
     assert widths(module) == HALF
+
+
+@pytest.mark.parametrize("what", ["the module", "its network", "its network in place"])
+def test_compiled_networks(what):
+    module = small_net()
+    plain, given = module.net, module
+    if what == "the module":
+        given = torch.compile(module, backend="eager")
+    elif what == "its network":
+        module.net = torch.compile(module.net, backend="eager")
+    else:
+        module.net.compile(backend="eager")
+    callback = halving(schedule=Linear(1, 2, 1, "epoch"), exclude=["net.4"])
+    fit(callback, Liveness(), module=given)
+    module.eval()
+    with torch.no_grad():
+        compiled = module(SAMPLES)
+        torch._dynamo.reset()
+        expected = torch.compile(plain, backend="eager")(SAMPLES) if what == "the module" else plain.forward(SAMPLES)
+    assert torch.equal(compiled, expected)
+    assert [plain[0].out_channels, plain[3].depthwise.groups, plain[4].out_channels] == [6, 12, 24]
 
 
 def test_mixed_precision():

@@ -325,7 +325,9 @@ class TestOptimizers:
             resize_optimizers([optimizer], tensors, cuts, resize(tensors, cuts))
 
     @pytest.mark.parametrize(
-        "odd", [torch.ones(3), torch.ones(6, 6), [torch.ones(6, 4)], {"inner": torch.ones(2)}], ids=str
+        "odd",
+        [torch.ones(3), torch.ones(6, 6), [torch.ones(6, 4)], {"inner": torch.ones(2)}],
+        ids=["vector", "square", "list", "dict"],
     )
     def test_odd_state_is_dropped_for_that_parameter_with_one_warning(self, odd):
         linear, tensors, cuts = layer()

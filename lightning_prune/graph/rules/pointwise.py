@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from lightning_prune.graph.labels import LabelSpace, Plane, align
+from lightning_prune.graph.program import map_nested
 from lightning_prune.graph.tracer import Call, Labelled, Planes, Rule
 
 
@@ -104,7 +104,7 @@ def keeps_zero(call: Call, zeros: set[int]) -> bool:
         return torch.tensor([-2, 3]).to(value.dtype) if value.dtype is not torch.bool else torch.tensor([False, True])
 
     try:
-        result = call.function(*tree_map(tiny, list(call.args)), **tree_map(tiny, dict(call.kwargs)))
+        result = call.function(*map_nested(tiny, call.args), **map_nested(tiny, call.kwargs))
     except (RuntimeError, TypeError, IndexError):
         return False
     first = result[0] if isinstance(result, (tuple, list)) else result

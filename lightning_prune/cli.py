@@ -2,94 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import re
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
-from lightning import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning import LightningModule
 from torch import nn
 
 from lightning_prune.__about__ import __version__
 from lightning_prune.choices import unknown_name
 from lightning_prune.cost import CostModel
+from lightning_prune.demo import run_demo
 from lightning_prune.errors import ConfigurationError, PruneError
 from lightning_prune.export import FORMATS, export
+from lightning_prune.lightning_cli import PruneCLI
 from lightning_prune.probe import Probe
-from lightning_prune.recipes.demo import run_demo
 from lightning_prune.report import PruneReport
 from lightning_prune.surgery import trace, trace_programs
 from lightning_prune.text import aligned, format_count, shortened
 
 _LIGHTNING = ("fit", "validate", "test", "predict")
-
-
-class _HelpfulParser(LightningArgumentParser):
-    """Adds the nearest known name to errors about mistyped ones."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        hints = [hint for word in _doubtful_words(message) if (hint := self._nearest(word, message))]
-        super().error("\n".join([message, *dict.fromkeys(hints)]), ex)
-        raise AssertionError  # the line above always leaves
-
-    def _nearest(self, word: str, message: str) -> str | None:
-        known = {*_known_words(self), *re.findall(r"'([\w.]+)'", message.split("Expected", 1)[-1])} - {word}
-        close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)
-        return f"'{word}' is not known here: did you mean '{close[0]}'?" if close else None
-
-
-def _doubtful_words(message: str) -> list[str]:
-    patterns = (
-        r"[Oo]ption '([\w.]+)' is not accepted",
-        r"[Uu]nrecognized arguments?: --([\w.]+)",
-        r"Expected a dot import path string: ([\w.]+)",
-        r"[Gg]iven value: ([\w.]+)",
-        r"Got value: ([\w.]+)",
-    )
-    return [word for pattern in patterns for word in re.findall(pattern, message)]
-
-
-def _known_words(parser: ArgumentParser) -> Iterator[str]:
-    """Names of options at any depth, and of what this package exports."""
-    import lightning_prune
-
-    for action in parser._actions:
-        yield action.dest
-        yield action.dest.rpartition(".")[2]
-    for name in lightning_prune.__all__:
-        value = getattr(lightning_prune, name)
-        yield name
-        if inspect.isclass(value):
-            yield from inspect.signature(value.__init__).parameters
-
-
-class PruneCLI(LightningCLI):
-    """A LightningCLI for any model and any data module, given by their class paths."""
-
-    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
-        super().__init__(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_kwargs={"overwrite": True},
-            args=list(args) if args is not None else None,
-            run=run,
-        )
-
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """A parser that helps with mistyped names."""
-        parser = super().init_parser(**kwargs)
-        parser.__class__ = _HelpfulParser  # LightningCLI has no other way in for a parser of one's own
-        return parser
 
 
 def _model_parser(description: str) -> ArgumentParser:

@@ -35,24 +35,36 @@ class Setting(NamedTuple):
 
 
 class Symbol(int):
-    """An int that knows from which settings it was computed, and how."""
+    """An int that knows from which settings it was computed, and how.
 
-    settings: frozenset[Setting]
-    evaluate: Callable[[Mapping[Setting, int]], int]
+    Attributes:
+        setting: The setting whose value it is; None for the result of an operation.
+        operation: Function and operands that it is the result of; None for a setting.
+    """
+
+    setting: Setting | None = None
+    operation: tuple[Callable[[int, int], int], int, int] | None = None
 
     @classmethod
     def of(cls, setting: Setting, value: int) -> Symbol:
         """The symbol of one setting."""
-        return cls._make(value, frozenset([setting]), lambda values: values.get(setting, value))
-
-    @classmethod
-    def _make(
-        cls, value: int, settings: frozenset[Setting], evaluate: Callable[[Mapping[Setting, int]], int]
-    ) -> Symbol:
         symbol = cls(value)
-        symbol.settings = settings
-        symbol.evaluate = evaluate
+        symbol.setting = setting
         return symbol
+
+    @property
+    def settings(self) -> frozenset[Setting]:
+        """Every setting that it depends on."""
+        if self.operation is not None:
+            return frozenset().union(*(o.settings for o in self.operation[1:] if isinstance(o, Symbol)))
+        return frozenset() if self.setting is None else frozenset([self.setting])
+
+    def evaluate(self, values: Mapping[Setting, int]) -> int:
+        """Its value under other settings; those that are not given keep theirs."""
+        if self.operation is not None:
+            function, first, second = self.operation
+            return function(resolve(first, values), resolve(second, values))
+        return int(self) if self.setting is None else values.get(self.setting, int(self))
 
 
 def _binary(function: Callable[[int, int], int], swapped: bool) -> Callable[[Symbol, Any], Any]:
@@ -60,13 +72,9 @@ def _binary(function: Callable[[int, int], int], swapped: bool) -> Callable[[Sym
         if not isinstance(other, int):
             return NotImplemented
         first, second = (other, self) if swapped else (self, other)
-        value = function(int(first), int(second))
-
-        def evaluate(values: Mapping[Setting, int]) -> int:
-            return function(resolve(first, values), resolve(second, values))
-
-        settings = self.settings | (other.settings if isinstance(other, Symbol) else frozenset())
-        return Symbol._make(value, settings, evaluate)
+        symbol = Symbol(function(int(first), int(second)))
+        symbol.operation = (function, first, second)
+        return symbol
 
     return method
 

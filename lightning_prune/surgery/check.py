@@ -175,6 +175,8 @@ class Checker(Tracer):
         return self._find_rule(call.function)(call)
 
     def _same(self, seen: Planes, due: Planes) -> bool:
+        if len(seen) == len(due) and all(torch.equal(a.ids, b.ids) for a, b in zip(seen, due, strict=True)):
+            return True
         lost = self.expectation.lost
         unmatched = _informative(compact(plane.ids) for plane in seen)
         for ids in _informative(plane.ids for plane in due):

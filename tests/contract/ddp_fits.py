@@ -20,8 +20,26 @@ FITS = {
     "taylor": {"criterion": "taylor", "of": "params", "schedule": Linear(0.3, 0.8, 0.2, "fraction"), "recalibrate": 1},
     "end": {"criterion": "taylor", "shrink": "end", "schedule": OneShot(1, "epoch")},
     "latency": {"criterion": "l2", "of": "latency", "schedule": OneShot(1, "epoch")},
+    "stubborn": {"criterion": "random", "of": "channels", "schedule": OneShot(3, "step")},
     "accumulated": {"criterion": "random", "of": "channels", "schedule": OneShot(0.5, "epoch")},
 }
+
+
+class Observed(ChannelPruning):
+    """Keeps the scores it computed."""
+
+    def _scores(self, network):
+        self.scores = super()._scores(network)
+        return self.scores
+
+
+class Stubborn(Observed):
+    """Wants to keep other channels in each process."""
+
+    def select(self, network, level):
+        super().select(network, level)
+        rank = network.module.global_rank
+        return {name: torch.arange(group.width) % 2 == rank for name, group in network.graph.groups.items()}
 
 
 class Diary(L.Callback):
@@ -52,7 +70,7 @@ def copied(value):
 
 def fit(name, **arguments):
     """One fit; returns the module, the callback and the diary."""
-    pruning = ChannelPruning(**FITS[name])
+    pruning = (Stubborn if name == "stubborn" else Observed)(**FITS[name])
     diary, module = Diary(pruning), small_net()
     accumulate = 2 if name == "accumulated" else 1
     watch = [diary] if accumulate > 1 else [Liveness(), diary]
@@ -63,7 +81,7 @@ def fit(name, **arguments):
 
 def uneven_latency(probe):
     """Stands in for a measurement that comes out differently in each process."""
-    return parameters(probe._module) * (1 + probe._trainer.global_rank)
+    return 1.0 if probe._trainer.global_rank else parameters(probe._module)
 
 
 def main(folder):
@@ -74,6 +92,7 @@ def main(folder):
         module, pruning, diary, used = fit(name, strategy="ddp", devices=2)
         assert used.world_size == 2
         result = {"pages": diary.pages, "widths": widths(module), "weights": module.state_dict()}
+        result["scores"] = pruning.scores
         result["history"] = [list(entry) for entry in pruning.report.history]
         torch.save(result, Path(folder) / f"{name}-{used.global_rank}.pt")
 

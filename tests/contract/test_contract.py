@@ -104,7 +104,7 @@ def test_optimizers_hold_the_living_parameters_and_all_of_them_move(done):
 
 
 @pytest.mark.parametrize(("file", "step"), [("epoch=0", BATCHES), ("epoch=1", 2 * BATCHES), (f"step={MIDDLE}", MIDDLE)])
-def test_a_fit_that_was_stopped_and_resumed_ends_like_one_that_was_not(done, file, step):
+def test_a_fit_that_was_stopped_and_resumed_ends_like_one_that_was_not(done, file, step, tmp_path):
     callback, logger, module = ChannelPruning(**done.row.arguments), Rows(), small_net(seed=99)
     resumed = trainer(callback, Liveness(), logger=logger, log_every_n_steps=1)
     resumed.fit(module, loader(), loader(2, seed=7), ckpt_path=done.folder / f"{file}.ckpt")
@@ -116,6 +116,8 @@ def test_a_fit_that_was_stopped_and_resumed_ends_like_one_that_was_not(done, fil
     assert callback.report.history == done.callback.report.history
     assert callback.report.groups == done.callback.report.groups
     assert callback.report.reached == done.callback.report.reached
+    resumed.save_checkpoint(tmp_path / "again.ckpt", weights_only=False)
+    assert disagreeing_attributes(load_pruned(tmp_path / "again.ckpt", SmallNet)) == []
 
 
 def rows_from(logger, step):

@@ -35,6 +35,7 @@ def test_both_processes_hold_the_same_after_every_step(results, name):
             assert equal(one[what], other[what]), f"{what} differ after batch {number}"
     assert first["pages"][-1]["rounds"] >= 1
     assert first["widths"] == second["widths"]
+    assert equal(first["scores"], second["scores"])
     assert equal(first["weights"].keys(), second["weights"].keys())
     assert first["history"] == second["history"]
 

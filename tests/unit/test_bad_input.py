@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
 
 from lightning_prune import BudgetError, ConfigurationError, Linear, OneShot, PruneError, TraceError
-from tests.fits import SmallNet, equal, fit, pruning, small_net, surface, widths
+from lightning_prune.probe import Probe
+from tests.fits import SmallNet, equal, fit, parameters, pruning, small_net, surface, widths
 
 
 def refused(error, words, *callbacks, module=None, trains=False, **arguments):
@@ -75,19 +76,14 @@ def test_a_budget_out_of_reach_says_what_can_be_reached(arguments, words):
     refused(BudgetError, words, pruning(remove=0.9, **arguments))
 
 
-def test_a_budget_that_is_found_out_of_reach_later_still_counts_from_the_whole_network():
-    class Wider(SmallNet):
-        """Narrow limits are changed while the fit runs, as an impatient user might."""
-
-        def on_train_epoch_end(self):
-            for callback in self.trainer.callbacks:
-                if hasattr(callback, "remove"):
-                    callback.remove, callback._limits = 0.99, type(callback._limits)(8, 1)
-
-    torch.manual_seed(0)
-    callback = pruning(remove=0.3, schedule=Linear(0, 1, 1, "epoch"))
-    with pytest.raises(BudgetError, match=re.escape("cannot remove 99.0 % of the channels: at most 60.0 %")):
-        fit(callback, module=Wider(), epochs=2)
+def test_a_budget_that_is_found_out_of_reach_later_still_counts_from_the_whole_network(monkeypatch):
+    monkeypatch.setattr(Probe, "latency", lambda probe, repeats=30: parameters(probe._module))
+    callback = pruning(remove=0.6, of="latency", schedule=Linear(0, 1, 1, "epoch"), min_channels=8)
+    # 8 channels of each group are left: 8*2*9+8 + 2*8 + 8*8+8 + 8*9 + 2*8 + 8*8+8 + 8*8*9 + 2*8 + 3*8+3 = 1019 of 3843
+    # parameters, 26.5 %.
+    callback.remove = 0.9
+    with pytest.raises(BudgetError, match=re.escape("cannot remove 90.0 % of the latency: at most 73.4 %")):
+        fit(callback, epochs=2)
 
 
 @pytest.mark.parametrize(

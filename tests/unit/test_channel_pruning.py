@@ -8,7 +8,7 @@ import torch
 
 from lightning_prune import BudgetError, Criterion, Linear, OneShot, PruneError
 from lightning_prune.probe import Probe
-from tests.fits import BATCHES, fit, loader, parameters, pruning, small_net, widths
+from tests.fits import BATCHES, SmallNet, fit, loader, parameters, pruning, small_net, widths
 
 START = OneShot(0, "step")
 
@@ -166,8 +166,10 @@ def test_a_latency_that_follows_the_parameters_is_budgeted_like_them(monkeypatch
 
 
 def test_a_latency_budget_survives_a_machine_that_slows_down(monkeypatch):
-    load = iter(range(1, 10000))
-    monkeypatch.setattr(Probe, "latency", lambda p, repeats=30: parameters(p._module) * (1 + 0.001 * next(load)))
+    def slower_from_the_second_round_on(probe, repeats=30):
+        return parameters(probe._module) * (3 if probe._trainer.global_step >= 2 else 1)
+
+    monkeypatch.setattr(Probe, "latency", slower_from_the_second_round_on)
     module, callback = small_net(width=24), pruning(of="latency", remove=0.6, schedule=Linear(0, 4, 2, "step"))
     before = parameters(module)
     fit(callback, module=module, epochs=1)
@@ -185,6 +187,22 @@ def test_a_measured_latency_is_reached_or_the_reason_given():
         assert sum(widths(module)) < 5 * 64
     else:
         assert "of the latency: at most" in refusal
+
+
+def test_masks_hold_against_an_optimizer_that_is_stepped_behind_the_back_of_lightning():
+    class Raw(SmallNet):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    module, _ = fit(pruning(scope="group", shrink="never", schedule=OneShot(0.5, "fraction")), module=Raw(), epochs=2)
+    assert int((module.net[9].weight == 0).all(dim=0).sum()) == 12
 
 
 def test_files_are_written_where_they_are_asked_for(tmp_path):

@@ -1,4 +1,4 @@
-"""What belongs together in tiny networks, worked out by hand; each is then cut and compared with its masked original."""
+"""What belongs together in tiny networks, worked out by hand; each is then cut and compared with its masked self."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_prune.graph.rules import register_rule
+from lightning_prune.graph.rules import _USER_RULES, register_rule
 from lightning_prune.graph.rules.pointwise import pointwise
 from lightning_prune.surgery import shrink, trace
 from tests.helpers import Net, difference, disagreeing_attributes, masked_copy, random_keep, randomise, run
@@ -113,11 +113,6 @@ def recurrent(net, x):
     return net.c(h)
 
 
-def tied_decoder():
-    net = Net(lambda n, x: F.linear(F.relu(n.b(F.relu(n.a(x)))), n.a.weight.t()), a=linear(4, 8), b=linear(8, 8))
-    return net, None
-
-
 def two_names():
     net = Net(lambda n, x: n.c(F.relu(n.a(x))) + n.c(F.relu(n.b(x))), a=linear(4, 8), b=linear(4, 8), c=linear(8, 3))
     net.b.weight = net.a.weight
@@ -126,12 +121,16 @@ def two_names():
 
 CASES = {
     "residual": Case(
-        lambda: Net(lambda n, x: n.c(F.relu(n.a(x) + n.b(F.relu(n.a(x))))), a=conv(3, 5, 1), b=conv(5, 5, 1), c=conv(5, 2, 1)),
+        lambda: Net(
+            lambda n, x: n.c(F.relu(n.a(x) + n.b(F.relu(n.a(x))))), a=conv(3, 5, 1), b=conv(5, 5, 1), c=conv(5, 2, 1)
+        ),
         {"a": {**layer("a", 5), **layer("b", 5), **reads("b.weight", each(5)), **reads("c.weight", each(5))}},
         [IMAGE],
     ),
     "concat of uneven parts": Case(
-        lambda: Net(lambda n, x: n.c(torch.cat([n.a(x), n.b(x)], 1)), a=conv(3, 5, 1), b=conv(3, 7, 1), c=conv(12, 2, 1)),
+        lambda: Net(
+            lambda n, x: n.c(torch.cat([n.a(x), n.b(x)], 1)), a=conv(3, 5, 1), b=conv(3, 7, 1), c=conv(12, 2, 1)
+        ),
         {
             "a": {**layer("a", 5), **reads("c.weight", each(5))},
             "b": {**layer("b", 7), **reads("c.weight", each(7, start=5))},
@@ -254,7 +253,9 @@ CASES = {
         [(2, 3, 9), (2, 2, 4, 5, 3)],
     ),
     "squeeze and excitation": Case(
-        lambda: Net(lambda n, x: n.b(gated(n, n.a(x))), a=conv(3, 8, 1), down=conv(8, 4, 1), up=conv(4, 8, 1), b=conv(8, 2, 1)),
+        lambda: Net(
+            lambda n, x: n.b(gated(n, n.a(x))), a=conv(3, 8, 1), down=conv(8, 4, 1), up=conv(4, 8, 1), b=conv(8, 2, 1)
+        ),
         {
             "a": {**layer("a", 8), **reads("down.weight", each(8)), **layer("up", 8), **reads("b.weight", each(8))},
             "down": {**layer("down", 4), **reads("up.weight", each(4))},
@@ -284,7 +285,12 @@ CASES = {
         [IMAGE],
     ),
     "raw parameters": Case(
-        lambda: Net(lambda n, x: F.linear(F.relu(F.linear(x, n.w, n.b)), n.v), w=parameter(6, 4), b=parameter(6), v=parameter(3, 6)),
+        lambda: Net(
+            lambda n, x: F.linear(F.relu(F.linear(x, n.w, n.b)), n.v),
+            w=parameter(6, 4),
+            b=parameter(6),
+            v=parameter(3, 6),
+        ),
         {"w": {("w", 0): (P, each(6)), ("b", 0): (B, each(6)), **reads("v", each(6))}},
     ),
     "matrix products": Case(
@@ -292,14 +298,16 @@ CASES = {
         {"w": {("w", 1): (P, each(6)), ("b", 0): (B, each(6)), **reads("v", each(6), 0)}},
     ),
     "a module used twice": Case(
-        lambda: Net(lambda n, x: n.c(F.relu(n.b(F.relu(n.b(F.relu(n.a(x))))))), a=linear(4, 8), b=linear(8, 8), c=linear(8, 3)),
+        lambda: Net(
+            lambda n, x: n.c(F.relu(n.b(F.relu(n.b(F.relu(n.a(x))))))), a=linear(4, 8), b=linear(8, 8), c=linear(8, 3)
+        ),
         {"a": {**layer("a", 8), **layer("b", 8), **reads("b.weight", each(8)), **reads("c.weight", each(8))}},
     ),
     "one tensor under two names": Case(
         two_names, {"a": {**layer("a", 8), ("b.bias", 0): (B, each(8)), **reads("c.weight", each(8))}}
     ),
     "a tied decoder": Case(
-        lambda: tied_decoder()[0],
+        lambda: Net(lambda n, x: F.linear(n.b(F.relu(n.a(x))), n.a.weight.t()), a=linear(4, 8), b=linear(8, 8)),
         {
             "b": {
                 ("a.weight", 0): (C, each(8)),
@@ -416,7 +424,11 @@ CASES = {
     ),
     "a gain per channel": Case(
         lambda: Net(
-            lambda n, x: n.c(n.a(x) + n.g * F.silu(n.b(n.a(x)))), a=linear(4, 8), b=linear(8, 8), c=linear(8, 3), g=parameter(8)
+            lambda n, x: n.c(n.a(x) + n.g * F.silu(n.b(n.a(x)))),
+            a=linear(4, 8),
+            b=linear(8, 8),
+            c=linear(8, 3),
+            g=parameter(8),
         ),
         {
             "a": {
@@ -433,7 +445,12 @@ CASES = {
         {"a": {**layer("a", 8), **reads("c.weight", each(8)), ("m", 0): (S, each(8))}},
     ),
     "low rank": Case(
-        lambda: Net(lambda n, x: F.linear(F.relu(F.linear(x, n.u @ n.v)), n.w), u=parameter(6, 2), v=parameter(2, 4), w=parameter(3, 6)),
+        lambda: Net(
+            lambda n, x: F.linear(F.relu(F.linear(x, n.u @ n.v)), n.w),
+            u=parameter(6, 2),
+            v=parameter(2, 4),
+            w=parameter(3, 6),
+        ),
         {
             "u": {("u", 0): (P, each(6)), **reads("w", each(6))},
             "u#2": {**reads("u", each(2)), **reads("v", each(2), 0)},
@@ -482,7 +499,7 @@ def test_groups_are_those_worked_out_by_hand(name) -> None:
         assert list(group.off) == (list(group.slots) if name in ALL_OFF else readers)
 
 
-@pytest.mark.parametrize("share", [0.5, 0.01, 0.9])
+@pytest.mark.parametrize("share", [0.6, 0.01])
 @pytest.mark.parametrize("name", CASES)
 def test_the_shrunk_network_is_the_masked_one(name, share) -> None:
     network, inputs = CASES[name].network()
@@ -494,18 +511,8 @@ def test_the_shrunk_network_is_the_masked_one(name, share) -> None:
     shrink(network, graph, keep)
     assert difference(masked, run(network, *inputs)) <= 1e-5
     assert disagreeing_attributes(network) == []
-    if share == 0.9:
+    if share == 0.6:
         assert trace(network, inputs).widths == {group: len(units) for group, units in keep.items()}
-
-
-def refused(network, *inputs):
-    torch.manual_seed(0)
-    return dict(trace(network, inputs).refused)
-
-
-def picked_single(net, x):
-    h = F.relu(net.a(x))
-    return net.b(h[:, 3:]) * h[:, 0:1] + h[:, 1:2] * h[:, 2:3]
 
 
 def counted_in_a_tensor(net, x):
@@ -614,12 +621,6 @@ REFUSED = {
         "a.weight (dim 0)",
         "varies over the image",
     ),
-    "single channels picked": (
-        picked_single,
-        {"a": conv(3, 11, 1), "b": conv(8, 3, 1)},
-        "a.weight (dim 0)",
-        None,
-    ),
     "width in a scalar": (
         lambda n, x: n.b(n.a(x)) / n.a(x).shape[1] ** 0.5,
         {"a": conv(3, 8, 1), "b": conv(8, 3, 1)},
@@ -662,20 +663,15 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_cut_is_told_with_its_line(name) -> None:
     function, parts, path, reason = REFUSED[name]
-    network, inputs = Net(function, **copy.deepcopy(parts)), torch.randn(IMAGE)
-    graph = trace(network, inputs)
-    assert path.split()[0] not in {slot.tensor for group in graph.groups.values() for slot in group.slots} or (
-        path.endswith("(dim 0)") is False or name in ("literal slice", "single channels picked")
-    )
-    if reason is None:
-        return
+    graph = trace(Net(function, **copy.deepcopy(parts)), torch.randn(IMAGE))
+    assert path not in {f"{slot.tensor} (dim {slot.dim})" for group in graph.groups.values() for slot in group.slots}
     told = dict(graph.refused)[path]
     assert reason in told
-    line = function.__code__.co_firstlineno
     if "is an output" not in told and "not used" not in told:
-        lines = [int(part.split(")")[0]) for part in told.split("test_rules.py:")[1:]]
+        first = function.__code__.co_firstlineno
+        lines = [int(part.partition(")")[0]) for part in told.split("test_rules.py:")[1:]]
         assert lines
-        assert all(line <= number <= line + 4 for number in lines)
+        assert all(first <= line <= first + 3 for line in lines)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -685,12 +681,70 @@ def test_what_is_left_can_be_cut_exactly(name) -> None:
     graph = trace(network, inputs)
     keep = random_keep(graph)
     masked = masked_copy(network, graph, keep)
-    expected = run(masked, inputs) if name != "output in an object" else [run_object(masked, inputs)]
     shrink(network, graph, keep)
-    shrunk = run(network, inputs) if name != "output in an object" else [run_object(network, inputs)]
-    assert difference(expected, shrunk) <= 1e-5
+    if name == "output in an object":
+        assert torch.equal(masked(inputs).loc, network(inputs).loc)
+    else:
+        assert difference(run(masked, inputs), run(network, inputs)) <= 1e-5
 
 
-def run_object(network, inputs):
-    with torch.no_grad():
-        return network(inputs).loc
+def test_channels_that_are_picked_one_by_one_stay() -> None:
+    def forward(net, x):
+        h = F.relu(net.a(x))
+        return net.b(h[:, 3:]) * h[:, 0:1] + h[:, 1:2] * h[:, 2:3]
+
+    network, inputs = Net(forward, a=linear(4, 11), b=linear(8, 3)), torch.randn(ROWS)
+    graph = trace(network, inputs)
+    assert graph.groups["a"].slots[0].index.tolist() == each(8, start=3)
+    keep = random_keep(graph)
+    masked = run(masked_copy(network, graph, keep), inputs)
+    shrink(network, graph, keep)
+    assert difference(masked, run(network, inputs)) <= 1e-5
+
+
+def test_what_nobody_reads_can_go() -> None:
+    network, inputs = Net(lambda n, x: n.b(n.a(x).narrow(1, 0, 5)), a=linear(4, 8), b=linear(5, 3)), torch.randn(ROWS)
+    graph = trace(network, inputs)
+    assert graph.groups["a"].slots[0].index.tolist() == each(3, start=5)
+    shrink(network, graph, {"a": torch.tensor([0])})
+    assert network.a.weight.shape == (6, 4)
+
+
+@pytest.fixture
+def swish():
+    """An operator of the user's own."""
+
+    @torch.library.custom_op("lightning_prune_tests::swish", mutates_args=())
+    def swish(x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(x)
+
+    yield swish
+    _USER_RULES.pop("lightning_prune_tests::swish", None)
+
+
+def test_an_operator_of_the_users_own_is_opaque_until_it_has_a_rule(swish) -> None:
+    network, inputs = Net(lambda n, x: n.b(swish(n.a(x))), a=linear(4, 8), b=linear(8, 3)), torch.randn(ROWS)
+    graph = trace(network, inputs)
+    assert graph.groups == {}
+    assert "operator lightning_prune_tests::swish has no rule" in dict(graph.refused)["a.weight (dim 0)"]
+
+    register_rule("lightning_prune_tests::swish", pointwise)
+    graph = trace(network, inputs)
+    assert found(graph) == {"a": {**layer("a", 8), **reads("b.weight", each(8))}}
+    keep = random_keep(graph)
+    masked = run(masked_copy(network, graph, keep), inputs)
+    shrink(network, graph, keep)
+    assert difference(masked, run(network, inputs)) <= 1e-5
+
+
+def test_a_wrong_rule_of_the_users_own_does_no_harm(swish) -> None:
+    def forgets(call):
+        raise IndexError("a mistake")
+
+    register_rule("lightning_prune_tests::swish", forgets)
+    network = Net(lambda n, x: n.b(swish(n.a(x))), a=linear(4, 8), b=linear(8, 3))
+    graph = trace(network, torch.randn(ROWS))
+    assert graph.groups == {}
+    assert (
+        "swish was called in a way that its rule cannot follow (a mistake)" in dict(graph.refused)["a.weight (dim 0)"]
+    )

@@ -64,15 +64,15 @@ class Narrow(nn.Module):
 
 
 class Moody(nn.Module):
-    """Normalises its hidden channels if a flag is set."""
+    """What becomes of its hidden channels depends on flags."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
-        self.normalise, self.saturate = False, False
+        self.first, self.beside, self.second = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 2)
+        self.normalise, self.saturate, self.add = False, False, False
 
     def forward(self, x):
-        hidden = self.first(x)
+        hidden = self.first(x) + self.beside(x) if self.add else self.first(x)
         hidden = hidden.tanh() if self.saturate else hidden.relu()
         return self.second(hidden.softmax(1) if self.normalise else hidden)
 
@@ -234,10 +234,12 @@ class TestAllOrNothing:
         words = ["cutting first is not exact", "executed tanh where the full network executes relu", "test_shrink.py"]
         self.refused(Narrow(), torch.randn(5, 4), keep, words, verify=verify)
 
-    def test_a_network_that_is_wired_otherwise_by_now(self):
+    @pytest.mark.parametrize("flag", ["normalise", "add"])
+    def test_a_network_that_is_wired_otherwise_by_now(self, flag):
+        """The channels may not go any more, or only together with others."""
         model, inputs = Moody(), torch.randn(5, 4)
         graph = trace(model, inputs)
-        model.normalise = True
+        setattr(model, flag, True)
         optimizer = one_step(model, inputs)
         before = Snapshot(model, optimizer)
         with pytest.raises(ShrinkError, match=r"group 'first' is not what it was .* trace it again"):

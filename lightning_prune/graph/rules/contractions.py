@@ -121,8 +121,8 @@ def convolution(call: Call) -> list[Planes]:
         filters = settle(call.space, filters, (2, 3) if transposed else (3,), None)
     a = Labelled((batch, groups, 1, per_group_in), image)
     b = Labelled((1, groups, per_group_out, per_group_in), filters)
-    call.witness(a.shape, a.planes)
-    call.witness(b.shape, b.planes)
+    for plane in (*image, *filters):
+        call.space.keep_dense(plane.ids)
     summed = contract(call, a, b, 3, (call.is_static(data), call.is_static(weight)))
     out_channels = groups * per_group_out
     ones = (1,) * len(spatial)

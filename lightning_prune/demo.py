@@ -14,8 +14,9 @@ from torch import Tensor
 from lightning_prune.callbacks.channels import ChannelPruning
 from lightning_prune.checkpoint import load_pruned
 from lightning_prune.errors import ConfigurationError
+from lightning_prune.lightning_cli import PruneCLI
 
-RECIPE = Path(__file__).parent / "digits.yaml"
+RECIPE = Path(__file__).parent / "recipes" / "digits.yaml"
 
 
 def run_demo(out: str = "prune-demo", epochs: int | None = None, seed: int = 0) -> None:
@@ -26,8 +27,6 @@ def run_demo(out: str = "prune-demo", epochs: int | None = None, seed: int = 0) 
         epochs: Length of both fits; default: that of the recipe.
         seed: Seed of both fits.
     """
-    from lightning_prune.cli import PruneCLI
-
     _quiet()
     words = ["--config", str(RECIPE), "--seed_everything", str(seed)]
     words += ["--trainer.max_epochs", str(epochs)] if epochs is not None else []

@@ -84,6 +84,8 @@ class Analysis:
                 raise failure if isinstance(failure, TraceError) else TraceError(
                     f"the network failed in {name}: {type(failure).__name__}: {failure}"
                 ) from failure
+        if not self.runs:
+            raise TraceError("there is no program to run the network by")
         self.touched = {name for name, tensor in self.tensors.items() if id(tensor) in touched}
         self.leaves = [
             Leaf(name, plane.dims[0], plane.ids.flatten())

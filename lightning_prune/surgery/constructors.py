@@ -30,6 +30,7 @@ class Description(NamedTuple):
 
     path: str
     module: nn.Module
+    kind: type[nn.Module]
     arguments: dict[str, Any]
     shapes: Shapes
 
@@ -45,10 +46,12 @@ class Descriptions:
         """See the class."""
         self._modules = []
         for path, module in model.named_modules():
-            shapes = _own_shapes(module)
-            arguments = _constructor_arguments(module) if shapes else None
+            shapes, kind = _own_shapes(module), _builder(type(module))
+            if not shapes or kind is None:
+                continue
+            arguments = _constructor_arguments(module, _parameters(kind.__init__))
             if arguments is not None and _integers(arguments):
-                self._modules.append(Description(path, module, arguments, shapes))
+                self._modules.append(Description(path, module, kind, arguments, shapes))
 
     def settings(self, known: Mapping[Setting, Fraction]) -> dict[Setting, int]:
         """New values of descriptive attributes, now that tensors have another size.
@@ -61,11 +64,11 @@ class Descriptions:
             ratios[setting.module][setting.attribute, setting.element] = ratio
         result: dict[Setting, int] = {}
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            for path, module, arguments, old in self._modules:
+            for path, module, kind, arguments, old in self._modules:
                 now = _own_shapes(module)
                 if old == now:
                     continue
-                laws = _known_laws(type(module), arguments, old)
+                laws = _known_laws(kind, arguments, old)
                 for argument, ratio in _solve(laws, old, now, ratios[path]).items():
                     value = ratio * _value(arguments, argument)
                     if value.denominator == 1:
@@ -78,12 +81,20 @@ def _own_shapes(module: nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in own.items() if tensor is not None}
 
 
-def _constructor_arguments(module: nn.Module) -> dict[str, Any] | None:
+def _builder(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The class itself or, where it hands on any arguments (as recurrent layers do), the one that names them."""
+    for base in kind.__mro__:
+        if issubclass(base, nn.Module) and "__init__" in vars(base):
+            kinds = [parameter.kind for parameter in _parameters(base.__init__).values()]
+            if inspect.Parameter.VAR_KEYWORD not in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds:
+                return base
+    return None
+
+
+def _constructor_arguments(module: nn.Module, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any] | None:
     """The arguments the module would be built from, as far as its attributes of the same names tell."""
     arguments: dict[str, Any] = {}
-    for name, parameter in _parameters(type(module).__init__).items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
+    for name, parameter in parameters.items():
         try:
             value = getattr(module, name)
         except Exception:  # missing, or a property of the user's that raises whatever it likes

@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 from lightning import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_prune import ConfigurationError, load_pruned
+from lightning_prune import ConfigurationError, Linear, load_pruned
 from lightning_prune.checkpoint import KEY, unwrap_hooks, wrap_hooks
 from tests.fits import SmallNet, equal, fit, images, loader, pruning, small_net, surface, trainer, widths
 from tests.helpers import disagreeing_attributes, run
@@ -204,6 +205,24 @@ def test_buffers_that_are_in_no_checkpoint_come_back_too(tmp_path):
     resumed = Scaled()
     trainer(pruning(scope="group")).fit(resumed, loader(), ckpt_path=tmp_path / "pruned.ckpt")
     assert torch.equal(resumed.scale, module.scale)
+
+
+def test_what_was_cut_before_a_resume_is_remembered_after_it(tmp_path):
+    def one_group_in_each_round(network, level):
+        name = "net.3.expand" if level <= 0.5 else "net.0"
+        return {name: torch.arange(network.graph.widths[name]) % 2 == 0}
+
+    def train(module, **arguments):
+        callback = pruning(schedule=Linear(1, 2, 1, "epoch"), directory=str(tmp_path))
+        callback.select = one_group_in_each_round
+        keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
+        trainer(callback, keep, enable_checkpointing=True).fit(module, loader(), **arguments)
+
+    train(small_net())
+    train(small_net(), ckpt_path=tmp_path / "epoch=1.ckpt")
+    loaded = load_pruned(tmp_path / "pruned.ckpt", SmallNet)
+    assert disagreeing_attributes(loaded) == []
+    assert widths(loaded) == [6, 12, 24]
 
 
 def test_a_subclass_named_in_the_file_is_made(pruned, tmp_path):

@@ -235,7 +235,7 @@ def load_pruned(path: str | Path, model: type[Module] | Module, **kwargs: Any) -
         ...         super().__init__()
         ...         self.net = torch.nn.Linear(4, 8)
         >>> small = Net()
-        >>> _ = small.net.weight.data.set_(torch.ones(3, 4)), small.net.bias.data.set_(torch.ones(3))
+        >>> small.net = torch.nn.Linear(4, 3)
         >>> with tempfile.NamedTemporaryFile(suffix=".ckpt") as file:
         ...     torch.save({"state_dict": small.state_dict()}, file.name)
         ...     load_pruned(file.name, Net()).net

@@ -5,6 +5,8 @@ from fractions import Fraction
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from lightning_prune.surgery.attributes import Setting, Symbol, integer_settings, resolve, symbolic, write_settings
@@ -66,6 +68,17 @@ class TestSymbol:
     def test_resolve_leaves_everything_else(self) -> None:
         assert resolve("same", {HEADS: 6}) == "same"
         assert resolve(4, {HEADS: 6}) == 4
+
+
+@given(st.integers(1, 50), st.integers(1, 50), st.integers(1, 50), st.integers(1, 50))
+def test_evaluating_is_computing_anew(first, second, new_first, new_second) -> None:
+    def formula(a, b):
+        return (b // a) * a + b % a - (a - 3) * 2 + 10 // a - 7 % b
+
+    result = formula(Symbol.of(HEADS, first), Symbol.of(DIM, second))
+    assert result == formula(first, second)
+    assert resolve(result, {HEADS: new_first, DIM: new_second}) == formula(new_first, new_second)
+    assert type(resolve(result, {})) is int
 
 
 class Module(nn.Module):
@@ -197,9 +210,7 @@ class TestDescriptions:
         }
 
     def test_embedding(self) -> None:
-        assert described(nn.Embedding(11, 8, padding_idx=0), {"weight": (11, 6)}) == {
-            Setting("", "embedding_dim"): 6
-        }
+        assert described(nn.Embedding(11, 8, padding_idx=0), {"weight": (11, 6)}) == {Setting("", "embedding_dim"): 6}
 
     def test_tied_weights_describe_every_module_that_holds_them(self) -> None:
         first, second = nn.Linear(4, 6, bias=False), nn.Linear(4, 6, bias=False)
@@ -226,6 +237,48 @@ class TestDescriptions:
 
         assert described(Odd(8, None), {"weight": (4,)}) == {}
         assert described(Failing(8), {"weight": (4,)}) == {}
+
+    def test_a_module_that_was_changed_after_it_was_built_tells_nothing(self) -> None:
+        module = nn.Linear(4, 6)
+        module.out_features = 12
+        assert described(module, {"weight": (3, 4)}) == {}
+
+    def test_a_property_that_raises_whatever_it_likes(self) -> None:
+        class Secretive(nn.Module):
+            def __init__(self, width) -> None:
+                super().__init__()
+                self.weight = nn.Parameter(torch.zeros(width))
+
+            @property
+            def width(self):
+                raise RuntimeError("ask somebody else")
+
+        assert described(Secretive(8), {"weight": (4,)}) == {}
+
+    def test_an_odd_number_of_groups(self) -> None:
+        """Seven groups can be neither doubled nor halved while there are seven channels."""
+        shapes = {"weight": (3, 1, 3, 3), "bias": (3,)}
+        assert described(nn.Conv2d(7, 7, 3, groups=7), shapes, {("groups", None): (3, 7)}) == {
+            Setting("", "in_channels"): 3,
+            Setting("", "out_channels"): 3,
+        }
+
+    def test_a_divisor_is_solved_too(self) -> None:
+        """Two groups of four inputs each become four groups of two."""
+        known = {("in_channels", None): (1, 1), ("out_channels", None): (1, 1)}
+        shapes = {"weight": (12, 2, 3, 3)}
+        assert described(nn.Conv2d(8, 12, 3, groups=2, bias=False), shapes, known) == {Setting("", "groups"): 4}
+
+    def test_elements_of_a_tuple(self) -> None:
+        class Scales(nn.Module):
+            def __init__(self, shape) -> None:
+                super().__init__()
+                if type(shape) is not tuple:
+                    raise TypeError("a shape is a tuple")
+                self.shape = shape
+                self.weight = nn.Parameter(torch.ones(shape))
+
+        assert described(Scales((4, 6)), {"weight": (4, 3)}) == {Setting("", "shape", 1): 3}
 
     def test_building_again_leaves_no_trace_in_the_random_numbers(self) -> None:
         module, state = nn.Conv1d(5, 9, 3), torch.get_rng_state()

@@ -81,8 +81,10 @@ class Analysis:
         ran = {_entry_point(run.program.name) for run in self.runs}
         for name, failure in failures.items():
             if _entry_point(name) not in ran:
-                raise failure if isinstance(failure, TraceError) else TraceError(
-                    f"the network failed in {name}: {type(failure).__name__}: {failure}"
+                raise (
+                    failure
+                    if isinstance(failure, TraceError)
+                    else TraceError(f"the network failed in {name}: {type(failure).__name__}: {failure}")
                 ) from failure
         if not self.runs:
             raise TraceError("there is no program to run the network by")

@@ -158,9 +158,7 @@ def shrink(
         raise _not_exact(analysis, units, problem) from problem
 
 
-def _shrink(
-    analysis: Analysis, units: Mapping[str, Tensor], optimizers: Iterable[Optimizer], verify: bool
-) -> Shrunk:
+def _shrink(analysis: Analysis, units: Mapping[str, Tensor], optimizers: Iterable[Optimizer], verify: bool) -> Shrunk:
     try:
         expected = masked_outputs(analysis, units) if verify else []
         with applied(analysis, units) as transaction:

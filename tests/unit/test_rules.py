@@ -512,7 +512,9 @@ def test_the_shrunk_network_is_the_masked_one(name, share) -> None:
     assert difference(masked, run(network, *inputs)) <= 1e-5
     assert disagreeing_attributes(network) == []
     if share == 0.6:
-        assert trace(network, inputs).widths == {group: len(units) for group, units in keep.items()}
+        # What is down to a single unit can lose no more, and is no group any longer.
+        expected = {group: len(units) for group, units in keep.items() if len(units) > 1}
+        assert {g: width for g, width in trace(network, inputs).widths.items() if width > 1} == expected
 
 
 def counted_in_a_tensor(net, x):

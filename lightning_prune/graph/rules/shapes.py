@@ -24,9 +24,7 @@ def _source(call: Call) -> Tensor:
 def reshape(call: Call) -> list[Planes]:
     """Any row-major change of shape."""
     source, target = _source(call), call.outputs[0]
-    planes = (
-        Plane(reshape_ids(p.ids, tuple(source.shape), tuple(target.shape)), p.zero) for p in call.planes(source)
-    )
+    planes = (Plane(reshape_ids(p.ids, tuple(source.shape), tuple(target.shape)), p.zero) for p in call.planes(source))
     return [tuple(planes)]
 
 

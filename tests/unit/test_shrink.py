@@ -433,7 +433,7 @@ class TestAllOrNothing:
 
 
 class TestKeepIsChecked:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def traced(self):
         network = small()
         return network, trace(network, torch.randn(INPUTS))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,9 +14,10 @@ from lightning_prune.errors import TraceError
 from lightning_prune.graph.channels import ChannelGraph, ChannelGroup, Extent, Operation, Refusal, Role, Slot
 from lightning_prune.graph.labels import SOLID, Frozen, Labels, LabelSpace, Plane, compact, components, varying
 from lightning_prune.graph.program import Program
+from lightning_prune.graph.rehearsal import NumbersNeededError
 from lightning_prune.graph.rules import find_rule
 from lightning_prune.graph.rules.contractions import NEEDS_ZERO
-from lightning_prune.graph.tracer import Counted, Event, Labelled, Tracer, named_leaves, run_traced
+from lightning_prune.graph.tracer import Counted, Event, Labelled, Memory, Tracer, named_leaves, run_traced
 
 _ROLES: tuple[Role, ...] = ("consumer", "producer", "scale", "statistic", "bias")
 Signature = tuple[tuple[int, int], ...]
@@ -31,6 +31,7 @@ class Run(NamedTuple):
     events: list[Event]
     counted: list[Counted]
     dtypes: set[torch.dtype]
+    rehearsed: bool
 
 
 class Leaf(NamedTuple):
@@ -70,6 +71,7 @@ class Analysis:
         self.notes: list[Refusal] = []
         self.frozen_later: list[Frozen] = []
         self.runs: list[Run] = []
+        self._memory: Memory = {}
         touched: set[int] = set()
         failures: dict[str, Exception] = {}
         for program in programs:
@@ -108,13 +110,23 @@ class Analysis:
         return Labels(self.space.fresh(tensor.shape) if labelled else (), static=True)
 
     def _trace(self, program: Program) -> set[int]:
+        """Run a program, as a rehearsal if its course does not depend on numbers; what was touched."""
+        forget = self.space.snapshot()
+        try:
+            return self._run(program, rehearsing=True)
+        except (NumbersNeededError, Exception):  # zeros for numbers may also make the network fail
+            forget()
+            self._memory.clear()
+        return self._run(program, rehearsing=False)
+
+    def _run(self, program: Program, rehearsing: bool) -> set[int]:
         leaves = [(self.tensors[name], labels) for name, labels in self.labels.items()]
-        tracer = Tracer(self.space, leaves, find_rule, compared=not program.training)
+        tracer = Tracer(self.space, leaves, find_rule, not program.training, rehearsing, self._memory)
         outputs = run_traced(program, tracer)
         for output in outputs:
             for plane in tracer.labels_of(output).planes:
                 self.space.frozen.append(Frozen(plane.ids.flatten(), "is an output of the network"))
-        self.runs.append(Run(program, tracer.events, tracer.counted, tracer.dtypes))
+        self.runs.append(Run(program, tracer.events, tracer.counted, tracer.dtypes, rehearsing))
         return tracer.touched
 
     def freeze(self, roots: Tensor, reason: str) -> None:
@@ -122,6 +134,31 @@ class Analysis:
         self.frozen_later.append(Frozen(roots, reason))
         self.space.frozen.append(self.frozen_later[-1])
         self.solve()
+
+    def freeze_alike(self, run: Run, position: int, roots: Callable[[Event], list[Tensor]], reason: str) -> bool:
+        """Keep whole what reaches one executed operator, and what reaches others that the same line of code ran alike.
+
+        Repeated blocks run the same code with the same sizes: what one of them cannot follow the others cannot either.
+
+        Args:
+            run: The program that executed the operator.
+            position: Which of its events it is.
+            roots: Units to freeze at an event.
+            reason: Why.
+
+        Returns:
+            Whether there was anything to freeze.
+        """
+        model = run.events[position]
+        found = roots(model)
+        if not found:
+            return False
+        for other in self.runs:
+            for event in other.events:
+                if event is not model and _alike(event, model):
+                    found += roots(event)
+        self.freeze(torch.cat(found), reason)
+        return True
 
     def repeated(self) -> Analysis:
         """Run and solve everything anew, for a network whose weights or surroundings have moved on."""
@@ -189,15 +226,15 @@ class Analysis:
         order = order[roots[order] != SOLID]
         unit_roots, sizes = torch.unique_consecutive(roots[order], return_counts=True)
         starts = sizes.cumsum(0) - sizes
-        families: dict[Signature, list[int]] = defaultdict(list)
-        for unit, signature in enumerate(_signatures(roots[order], self._table.leaf[order])):
-            families[signature].append(unit)
+        families: dict[Signature, list[Tensor]] = defaultdict(list)
+        for signature, units in _stretches(roots[order], self._table.leaf[order]):
+            families[signature].append(units)
         zeroed = self._marked(NEEDS_ZERO)
         roles = self._roles()
         self.groups: dict[str, ChannelGroup] = {}
         self.units: dict[str, Tensor] = {}
         for signature, members in families.items():
-            units = torch.tensor(members)
+            units = torch.cat(members)
             span = torch.arange(int(sizes[units[0]]))
             positions = self._table.position[order[starts[units, None] + span]]
             group = self._group(signature, positions, roles, bool(zeroed[unit_roots[units]].any()))
@@ -237,18 +274,32 @@ class Analysis:
     def _roles(self) -> list[Role]:
         """The role of each leaf: as it is used itself, or else what is computed from parameters alone with it."""
         static = components(self.space.count, self.space.static_edges)
-        itself, derived = {}, {}
+        itself = {role: self._leaves_with(self._marked_labels(role)) for role in _ROLES}
+        derived = {}
         for role in _ROLES:
-            itself[role], derived[role] = torch.zeros(2, self.space.count, dtype=torch.bool)
-            for ids in self.space.marks.get(role, []):
-                itself[role][ids] = True
-                derived[role][static[ids]] = True
+            families = torch.zeros(self.space.count, dtype=torch.bool)
+            families[static[self._marked_labels(role)]] = True
+            derived[role] = self._leaves_with(families[static])
         result: list[Role] = []
-        for leaf in self.leaves:
-            found = [role for role in _ROLES if bool(itself[role][leaf.ids].any())]
-            found = found or [role for role in _ROLES if bool(derived[role][static[leaf.ids]].any())]
+        for number in range(len(self.leaves)):
+            found = [role for role in _ROLES if itself[role][number]]
+            found = found or [role for role in _ROLES if derived[role][number]]
             result.append(found[0] if found else "producer")
         return result
+
+    def _marked_labels(self, mark: str) -> Tensor:
+        """For each label whether it carries a mark."""
+        marked = torch.zeros(self.space.count, dtype=torch.bool)
+        ids = self.space.marks.get(mark)
+        if ids:
+            marked[torch.cat(ids)] = True
+        return marked
+
+    def _leaves_with(self, labels: Tensor) -> list[bool]:
+        """For each leaf whether it has one of the labels."""
+        found = torch.zeros(len(self.leaves), dtype=torch.bool)
+        found[self._table.leaf[labels[self._table.ids]]] = True
+        return found.tolist()
 
     def refusals(self) -> tuple[Refusal, ...]:
         """What stays whole, and why; one entry for everything that belongs together."""
@@ -306,6 +357,11 @@ class Analysis:
         return ChannelGraph(self.groups, self.refusals(), tensors, operations, run.program.samples, self)
 
 
+def _alike(first: Event, second: Event) -> bool:
+    shapes = [tuple(witness.shape for witness in event.inputs + event.witnesses) for event in (first, second)]
+    return first.name == second.name and first.line == second.line and shapes[0] == shapes[1]
+
+
 def _entry_point(name: str) -> str:
     """What a program calls, whatever the mode: the first word of its name."""
     return name.partition(" ")[0]
@@ -321,14 +377,25 @@ def _table(leaves: Sequence[Leaf]) -> Table:
     )
 
 
-def _signatures(roots: Tensor, leaves: Tensor) -> Iterator[Signature]:
-    """For each unit how many positions of which leaves it owns; both tensors sorted by unit, then by leaf."""
-    base = int(leaves.max()) + 1 if len(leaves) else 1
+def _stretches(roots: Tensor, leaves: Tensor) -> Iterator[tuple[Signature, Tensor]]:
+    """Stretches of units that own equally many positions of the same leaves; both tensors sorted by unit, then leaf."""
+    if not len(roots):
+        return
+    base = int(leaves.max()) + 1
     runs, counts = torch.unique_consecutive(roots * base + leaves, return_counts=True)
-    _, runs_per_unit = torch.unique_consecutive(runs // base, return_counts=True)
-    entries = zip((runs % base).tolist(), counts.tolist(), strict=True)
-    for count in runs_per_unit.tolist():
-        yield tuple(itertools.islice(entries, count))
+    codes = torch.stack([runs % base, counts])
+    _, lengths = torch.unique_consecutive(runs // base, return_counts=True)
+    unit = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    before = (torch.arange(len(runs)) - lengths[unit]).clamp(min=0)
+    differs = torch.ones(len(lengths), dtype=torch.bool)
+    differs[1:] = lengths[1:] != lengths[:-1]
+    differs[unit[(codes != codes[:, before]).any(0)]] = True
+    first_runs = lengths.cumsum(0) - lengths
+    heads = differs.nonzero().flatten().tolist()
+    for head, end in zip(heads, [*heads[1:], len(lengths)], strict=True):
+        start = int(first_runs[head])
+        signature = codes[:, start : start + int(lengths[head])].T.tolist()
+        yield tuple((leaf, count) for leaf, count in signature), torch.arange(head, end)
 
 
 def _check(tensors: dict[str, Tensor]) -> None:

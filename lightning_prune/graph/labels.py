@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import NamedTuple
 
 import torch
@@ -37,10 +38,17 @@ class Plane:
 
 
 class Labels(NamedTuple):
-    """What is known of one tensor: its planes, and whether it depends on parameters and constants only."""
+    """What is known of one tensor.
+
+    Args:
+        planes: Its labels.
+        static: Whether it depends on parameters and constants only.
+        made_up: Whether its numbers come from a rehearsal.
+    """
 
     planes: tuple[Plane, ...] = ()
     static: bool = False
+    made_up: bool = False
 
 
 class Witness(NamedTuple):
@@ -80,14 +88,26 @@ def _library_roots() -> tuple[str, ...]:
     return tuple(roots)
 
 
+_foreign: dict[CodeType, str | None] = {}
+
+
+def _foreign_file(code: CodeType) -> str | None:
+    """Name of the file that code is in; None for code of torch, Lightning and this library."""
+    if code not in _foreign:
+        path = Path(code.co_filename)
+        ours = code.co_filename.startswith((*_library_roots(), "<")) or path.name == "contextlib.py"
+        _foreign[code] = None if ours else path.name
+    return _foreign[code]
+
+
 def user_line() -> str:
     """The innermost line of code under execution that belongs to neither torch, Lightning nor this library."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        filename = frame.f_code.co_filename
-        if not filename.startswith((*_library_roots(), "<")) and Path(filename).name != "contextlib.py":
-            return f"{Path(filename).name}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        filename = _foreign_file(frame.f_code)
+        if filename is not None:
+            return f"{filename}:{frame.f_lineno}"
+        frame = frame.f_back
     return "an unknown line"
 
 
@@ -109,6 +129,20 @@ class LabelSpace:
         self.frozen: list[Frozen] = [Frozen(torch.zeros(1, dtype=torch.int64), None)]
         self.marks: dict[str, list[Tensor]] = {}
         self.blocks: list[Tensor] = []
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that forgets everything learnt since now (labels stay handed out)."""
+        lists = [self.edges, self.static_edges, self.frozen, self.blocks]
+        lengths = [len(items) for items in lists]
+        marks = {mark: len(found) for mark, found in self.marks.items()}
+
+        def forget() -> None:
+            for items, length in zip(lists, lengths, strict=True):
+                del items[length:]
+            for mark, found in self.marks.items():
+                del found[marks.get(mark, 0) :]
+
+        return forget
 
     def fresh(self, shape: Sequence[int]) -> tuple[Plane, ...]:
         """One plane of new labels for each dimension of size above one."""
@@ -178,6 +212,8 @@ def reshape_ids(ids: Tensor, shape_in: Sequence[int], shape_out: Sequence[int]) 
         shape_in: Shape before.
         shape_out: Shape after, of as many elements.
     """
+    if tuple(shape_in) == tuple(shape_out):
+        return ids
     if 0 in shape_in:
         return torch.zeros((1,) * len(shape_out), dtype=torch.int64)
     pieces: list[int] = []

@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_prune.graph.labels import Labels, LabelSpace, Plane, Witness
+from lightning_prune.graph.labels import Labels, LabelSpace, Plane, Witness, user_line
 from lightning_prune.graph.program import Program, is_observed, map_nested, tensors_in
+from lightning_prune.graph.rehearsal import READS_OUTSIDE, NumbersNeededError, is_costly, made_up, reads_numbers
 
 LAYOUT_ONLY = frozenset({"clone", "contiguous", "detach", "alias"})
 """Operators that come and go with the memory layout and say nothing of what is computed."""
@@ -37,11 +39,36 @@ class Labelled(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One executed operator: its name, the arguments that must not change, and what it saw and made."""
+    """One executed operator.
+
+    Args:
+        name: Its name.
+        constants: The arguments that must not change.
+        sizes: The arguments that may, because they are sizes.
+        inputs: The tensors it was given.
+        witnesses: What it saw while it worked and, at the end, what it returned.
+        line: The line of the user's code that called it.
+    """
 
     name: str
     constants: tuple[object, ...]
+    sizes: tuple[object, ...]
+    inputs: tuple[Witness, ...]
     witnesses: tuple[Witness, ...]
+    line: str
+
+
+class Result(NamedTuple):
+    """What a rule said of a call; the inputs are kept alive so that no other labels take their place in memory."""
+
+    outputs: tuple[Planes, ...]
+    witnesses: tuple[Witness, ...]
+    values: tuple[object, ...]
+    inputs: tuple[Witness, ...]
+
+
+Numbers = tuple[tuple[str, object], ...]
+Memory = dict[object, Result]
 
 
 class Counted(NamedTuple):
@@ -52,9 +79,27 @@ class Counted(NamedTuple):
     result: Labelled
 
 
+_MORE_SIZES = {"aten::native_group_norm": frozenset({"group"})}
+_PLAIN = frozenset({bool, int, float, complex, str})
+
+
+class _Signature(NamedTuple):
+    """Name, arguments with their defaults, and the arguments that are sizes."""
+
+    name: str
+    defaults: dict[str, Any]
+    sizes: frozenset[str]
+
+
 @cache
-def _size_arguments(function: OpOverload) -> frozenset[str]:
-    return frozenset(re.findall(r"SymInt[^ ]* (\w+)", str(function._schema)))
+def _signature(function: OpOverload) -> _Signature:
+    schema = function._schema
+    name = schema.name.split("::")[-1]
+    return _Signature(
+        name if name.startswith("__") or not name.endswith("_") else name[:-1],
+        {argument.name: argument.default_value for argument in schema.arguments},
+        frozenset(re.findall(r"SymInt[^ ]* (\w+)", str(schema))) | _MORE_SIZES.get(schema.name, frozenset()),
+    )
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
@@ -73,10 +118,13 @@ class Call:
 
     Attributes:
         function: The executed ATen overload.
+        name: Name of the operator without namespace and overload, an in-place one like its functional twin.
         arguments: All arguments by their schema names, defaults included.
+        tensors: Every tensor argument, in order.
         outputs: Every tensor the call returned, in order.
         space: Where a rule reports what belongs together.
         static: Whether every tensor argument depends on parameters and constants only.
+        sizes: Names of the arguments that are sizes, which change with the widths.
     """
 
     def __init__(
@@ -86,32 +134,27 @@ class Call:
         self._tracer = tracer
         self.function = function
         self.space = tracer.space
-        self.arguments: dict[str, Any] = {
-            argument.name: args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
-            for i, argument in enumerate(function._schema.arguments)
-        }
+        signature = _signature(function)
+        self.name = signature.name
+        self.sizes = set(signature.sizes)
+        self.arguments: dict[str, Any] = {**signature.defaults, **dict(zip(signature.defaults, args, strict=False))}
+        self.arguments.update(kwargs)
         self.args, self.kwargs = args, kwargs
         self.tensors = [*_tensors(args), *_tensors(kwargs.values())]
         self.outputs = _tensors((out,))
-        self._labels = {id(tensor): tracer.labels_of(tensor) for tensor in self.tensors}
-        self.static = all(labels.static for labels in self._labels.values())
+        self.labels = {id(tensor): tracer.labels_of(tensor) for tensor in self.tensors}
+        self.static = all(labels.static for labels in self.labels.values())
         self.witnesses: list[Witness] = []
-        self.sizes: set[str] = set(_size_arguments(function))
         self.values: list[object] = []
-
-    @property
-    def name(self) -> str:
-        """Name of the operator without namespace and overload, an in-place one like its functional twin."""
-        name = self.function._schema.name.split("::")[-1]
-        return name if name.startswith("__") or not name.endswith("_") else name[:-1]
+        self.made_labels = False
 
     def planes(self, tensor: Tensor | None) -> Planes:
         """The planes of a tensor argument."""
-        return () if tensor is None else self._labels[id(tensor)].planes
+        return () if tensor is None else self.labels[id(tensor)].planes
 
     def is_static(self, tensor: Tensor) -> bool:
         """Whether a tensor argument depends on parameters and constants only."""
-        return self._labels[id(tensor)].static
+        return self.labels[id(tensor)].static
 
     def witness(self, shape: Sequence[int], planes: Planes) -> None:
         """Show a shape the operator works in; its labels will be made separable and checked after a cut."""
@@ -119,6 +162,7 @@ class Call:
 
     def new_labels(self, shape: Sequence[int], dims: Sequence[int] | None = None) -> Planes:
         """Labels for a tensor that is made from nothing and may take any size along some (or all) dimensions."""
+        self.made_labels = True
         return self._tracer.new_labels(shape, range(len(shape)) if dims is None else dims)
 
     def opaque(self, reason: str) -> list[Planes]:
@@ -132,15 +176,20 @@ class Call:
         """Note something else that may not change with the widths."""
         self.values.append(value)
 
-    def constants(self) -> tuple[object, ...]:
-        """What may not change with the widths: numbers, flags and dimensions, but no sizes."""
-        plain = (bool, int, float, complex, str)
-        values = list(self.values)
+    def numbers(self) -> tuple[tuple[tuple[str, object], ...], tuple[tuple[str, object], ...]]:
+        """The arguments that are not tensors: those that may not change with the widths, and the sizes."""
+        constants: list[tuple[str, object]] = []
+        sizes: list[tuple[str, object]] = []
         for name, value in self.arguments.items():
-            items = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-            if name not in self.sizes and all(isinstance(item, plain) for item in items):
-                values.append((name, items))
-        return tuple(values)
+            if type(value) in _PLAIN:
+                (sizes if name in self.sizes else constants).append((name, value))
+            elif isinstance(value, (list, tuple)) and all(type(item) in _PLAIN for item in value):
+                (sizes if name in self.sizes else constants).append((name, tuple(value)))
+        return tuple(constants), tuple(sizes)
+
+    def inputs(self) -> tuple[Witness, ...]:
+        """Shape and labels of each tensor argument."""
+        return tuple(Witness(tuple(tensor.shape), self.labels[id(tensor)].planes) for tensor in self.tensors)
 
 
 class Tracer(TorchDispatchMode):
@@ -151,6 +200,8 @@ class Tracer(TorchDispatchMode):
         leaves: Labels of every parameter and buffer.
         find_rule: Gives the rule of an operator.
         compared: Whether the numbers that come out will be compared with those of the shrunk network.
+        rehearsing: Whether to leave out the costly arithmetic on data.
+        memory: What rules said about calls before; to be shared by tracers with one label space.
     """
 
     def __init__(
@@ -159,6 +210,8 @@ class Tracer(TorchDispatchMode):
         leaves: Sequence[tuple[Tensor, Labels]],
         find_rule: Callable[[OpOverload], Rule],
         compared: bool,
+        rehearsing: bool,
+        memory: Memory | None = None,
     ) -> None:
         """See the class."""
         super().__init__()  # type: ignore[no-untyped-call]
@@ -168,7 +221,9 @@ class Tracer(TorchDispatchMode):
         self.touched: set[int] = set()
         self.dtypes: set[torch.dtype] = set()
         self.compared = compared
+        self.rehearsing = rehearsing
         self._find_rule = find_rule
+        self._memory = {} if memory is None else memory
         self._labels: MutableMapping[Tensor, Labels] = WeakTensorKeyDictionary()
         self._leaves = {id(tensor) for tensor, _ in leaves}
         for tensor, labels in leaves:
@@ -185,25 +240,59 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Execute the operator, then carry the labels over."""
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if is_observed():
-            self._carry(func, args, kwargs, result)
+        if not is_observed():
+            return func(*args, **kwargs)
+        tensors = [*_tensors(args), *_tensors(kwargs.values())]
+        if self.rehearsing and any(self.labels_of(tensor).made_up for tensor in tensors) and reads_numbers(func, args):
+            raise NumbersNeededError
+        left_out = self.rehearsing and is_costly(func) and not all(self.labels_of(t).static for t in tensors)
+        result = made_up(func, args, kwargs) if left_out else func(*args, **kwargs)
+        self._carry(func, args, kwargs, result, left_out)
         return result
 
-    def _carry(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+    def is_made_up(self, tensor: Tensor) -> bool:
+        """Whether the numbers of a tensor come from a rehearsal."""
+        return self.labels_of(tensor).made_up
+
+    def _carry(
+        self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, left_out: bool
+    ) -> None:
         call = Call(self, func, args, kwargs, result)
+        unreal = left_out or any(labels.made_up for labels in call.labels.values())
         self.touched.update(id(tensor) for tensor in call.tensors if id(tensor) in self._leaves)
-        outputs = [self._settled(planes) for planes in self.apply_rule(call)]
+        constants, sizes = call.numbers()
+        outputs = self.follow(call, constants, sizes)
         for tensor, planes in zip(call.outputs, outputs, strict=True):
             self._forget_zero(call, tensor, planes)
-            self._labels[tensor] = Labels(planes, call.static)
+            self._labels[tensor] = Labels(planes, call.static, unreal)
             self.dtypes.add(tensor.dtype)
-            call.witness(tensor.shape, planes)
         if func._overloadpacket in flop_registry:
             self._count(call, outputs[0])
+
+    def follow(self, call: Call, constants: Numbers, sizes: Numbers) -> Sequence[Planes]:
+        """Labels of the outputs of a call; notes what was executed."""
+        result = self.remembered(call, constants, sizes)
         if call.name not in LAYOUT_ONLY:
             name = "view" if call.name in SAME_AS_VIEW else call.name
-            self.emit(Event(name, call.constants(), tuple(call.witnesses)))
+            seen = zip(call.outputs, result.outputs, strict=True)
+            witnesses = (*result.witnesses, *(Witness(tuple(tensor.shape), planes) for tensor, planes in seen))
+            self.emit(Event(name, (*result.values, *constants), sizes, call.inputs(), witnesses, user_line()))
+        return result.outputs
+
+    def remembered(self, call: Call, constants: Numbers, sizes: Numbers) -> Result:
+        """What the rule says of a call, asked once for equal calls on tensors with the same labels."""
+        inputs = call.inputs()
+        shapes = tuple(tuple(output.shape) for output in call.outputs)
+        labels = tuple((w.shape, tuple((id(plane.ids), plane.zero) for plane in w.planes)) for w in inputs)
+        static = tuple(call.is_static(tensor) for tensor in call.tensors)
+        key = (call.function, constants, sizes, labels, static, shapes, self.compared)
+        if key in self._memory:
+            return self._memory[key]
+        outputs = tuple(self._settled(planes) for planes in self.apply_rule(call))
+        result = Result(outputs, tuple(call.witnesses), tuple(call.values), inputs)
+        if not call.made_labels and not call.values:
+            self._memory[key] = result
+        return result
 
     def apply_rule(self, call: Call) -> Sequence[Planes]:
         """Labels of the outputs of a call."""
@@ -243,7 +332,7 @@ class Tracer(TorchDispatchMode):
         for alias, labels in list(self._labels.items()):
             if alias.untyped_storage()._cdata == memory and any(plane.zero for plane in labels.planes):
                 aliased = tuple(Plane(plane.ids, False) for plane in labels.planes)
-                self._labels[alias] = Labels(aliased, labels.static)
+                self._labels[alias] = labels._replace(planes=aliased)
 
     def _count(self, call: Call, result: Planes) -> None:
         def stand_in(value: Any) -> Any:
@@ -260,12 +349,19 @@ _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 class _OneWay(TorchFunctionMode):
     """Functions that choose among kernels by strides or hardware always go the same way, in operators that are seen."""
 
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace ``linear``; run recurrent layers without their fused kernel."""
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear and is_observed():
             return _linear(*args, **kwargs)
-        if getattr(func, "__name__", None) in _RECURRENT:
+        name = getattr(func, "__name__", None)
+        if name in READS_OUTSIDE and is_observed() and self._tracer.is_made_up(args[0]):
+            raise NumbersNeededError
+        if name in _RECURRENT:
             with torch.backends.mkldnn.flags(enabled=False):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
@@ -280,14 +376,14 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 @contextmanager
-def decomposed() -> Iterator[None]:
-    """Switch off the fused kernels that hide from a dispatch mode which operators they stand for."""
+def decomposed(tracer: Tracer) -> Iterator[None]:
+    """Switch off the fused kernels that hide from a tracer which operators they stand for."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
-            with _OneWay():
+            with _OneWay(tracer), sdpa_kernel(SDPBackend.MATH):
                 yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -300,6 +396,6 @@ def named_leaves(model: nn.Module) -> dict[str, Tensor]:
 
 def run_traced(program: Program, tracer: Tracer) -> list[Tensor]:
     """Run a program inside a tracer and return the tensors it hands out."""
-    with decomposed(), tracer:
+    with decomposed(tracer), tracer:
         result = program.run()
     return list(tensors_in(program.handed_out(result)))

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_prune.graph.analysis import Analysis, Run
 from lightning_prune.graph.labels import SOLID, Labels, LabelSpace, Plane, Witness, compact, varying
 from lightning_prune.graph.rules import find_rule
-from lightning_prune.graph.tracer import Call, Event, Planes, Tracer
+from lightning_prune.graph.tracer import LAYOUT_ONLY, Call, Event, Memory, Numbers, Planes, Tracer
 
 
 class MismatchError(Exception):
@@ -75,6 +75,9 @@ class Expectation:
         self.kept = kept
         self.lost = torch.zeros_like(kept)
         self._restricted: dict[int, tuple[Tensor | None, dict[int, int]]] = {}
+        self._vectors: dict[bytes, tuple[Tensor, int]] = {}
+        self._planes: dict[tuple[int, bool], Plane] = {}
+        self._witnesses: dict[int, tuple[Witness, Witness]] = {}
 
     def plane(self, plane: Plane) -> tuple[Plane | None, dict[int, int]]:
         """The plane without what was removed (None if nothing varies in it), and the new sizes it implies."""
@@ -82,9 +85,18 @@ class Expectation:
         if key not in self._restricted:
             self._restricted[key] = self._restrict(plane.ids)
         ids, sizes = self._restricted[key]
-        return (None if ids is None else Plane(ids, plane.zero)), sizes
+        if ids is None:
+            return None, sizes
+        return self._planes.setdefault((id(ids), plane.zero), Plane(ids, plane.zero)), sizes
 
     def _restrict(self, ids: Tensor) -> tuple[Tensor | None, dict[int, int]]:
+        dims = varying(ids)
+        if len(dims) == 1:
+            vector, size = self._restrict_vector(self.analysis.root(ids.flatten()))
+            sizes = {} if size == ids.numel() else {dims[0]: size}
+            if len(vector) == 1:
+                return None, sizes
+            return vector.reshape([len(vector) if d == dims[0] else 1 for d in range(ids.dim())]), sizes
         roots = compact(self.analysis.root(ids))
         stays = self.kept[roots]
         sizes = {}
@@ -99,8 +111,26 @@ class Expectation:
             self.lost[roots] = True
         return (roots if roots.numel() > 1 else None), sizes
 
+    def _restrict_vector(self, roots: Tensor) -> tuple[Tensor, int]:
+        """What stays of labels along one dimension (of length 1 if they are all alike), and how many."""
+        key = roots.numpy().tobytes()
+        if key not in self._vectors:
+            stays = self.kept[roots]
+            left = roots if bool(stays.all()) else roots[stays]
+            vector = compact(left)
+            if len(vector) == 1:
+                self.lost[vector] = True
+            self._vectors[key] = vector, len(left)
+        return self._vectors[key]
+
     def witness(self, witness: Witness) -> Witness:
         """The shape and labels that the shrunk network must show."""
+        known = self._witnesses.get(id(witness))
+        if known is None:
+            known = self._witnesses[id(witness)] = witness, self._restrict_witness(witness)
+        return known[1]
+
+    def _restrict_witness(self, witness: Witness) -> Witness:
         shape, planes = list(witness.shape), []
         for plane in witness.planes:
             restricted, sizes = self.plane(plane)
@@ -117,16 +147,18 @@ class Checker(Tracer):
     Args:
         expectation: What was removed.
         run: The recorded program.
+        memory: What rules said of calls before in the same shrunk network.
     """
 
-    def __init__(self, expectation: Expectation, run: Run) -> None:
+    def __init__(self, expectation: Expectation, run: Run, memory: Memory) -> None:
         """See the class."""
         analysis = expectation.analysis
         leaves = []
         for name, labels in analysis.labels.items():
             planes = [expectation.plane(plane)[0] for plane in labels.planes]
             leaves.append((analysis.tensors[name], Labels(tuple(p for p in planes if p is not None), labels.static)))
-        super().__init__(_FinalSpace(expectation.lost), leaves, find_rule, compared=not run.program.training)
+        space = _FinalSpace(expectation.lost)
+        super().__init__(space, leaves, find_rule, not run.program.training, run.rehearsed, memory)
         self.expectation = expectation
         self.recorded = run.events
         self.position = 0
@@ -135,8 +167,37 @@ class Checker(Tracer):
         """The recorded event at a position, less what was removed."""
         if position >= len(self.recorded):
             return None
-        event = self.recorded[position]
-        return event._replace(witnesses=tuple(self.expectation.witness(w) for w in event.witnesses))
+        event, witness = self.recorded[position], self.expectation.witness
+        return event._replace(inputs=tuple(map(witness, event.inputs)), witnesses=tuple(map(witness, event.witnesses)))
+
+    def follow(self, call: Call, constants: Numbers, sizes: Numbers) -> Sequence[Planes]:
+        """Labels of the outputs of a call, which must be what was recorded, less what was removed."""
+        event = self.expected(self.position)
+        if event is not None and self._goes_without_saying(call, constants, sizes, event):
+            self.position += 1
+            return [witness.planes for witness in event.witnesses[-len(call.outputs) :]]
+        outputs = super().follow(call, constants, sizes)
+        if event is None or call.name in LAYOUT_ONLY:
+            return outputs
+        due = event.witnesses[-len(call.outputs) :]
+        return [w.planes if _identical(planes, w.planes) else planes for planes, w in zip(outputs, due, strict=True)]
+
+    def _goes_without_saying(self, call: Call, constants: Numbers, sizes: Numbers, event: Event) -> bool:
+        """Whether the call is the recorded one on what is left of its inputs, and has no size that could be wrong."""
+        if call.name != event.name or not call.outputs or call.made_labels or constants != event.constants:
+            return False
+        if sizes != event.sizes or (sizes and not _without_sizes(call)):
+            return False
+        if len(call.tensors) != len(event.inputs):
+            return False
+        for tensor, witness in zip(call.tensors, event.inputs, strict=True):
+            planes = call.planes(tensor)
+            if tuple(tensor.shape) != witness.shape or len(planes) != len(witness.planes):
+                return False
+            if any(a is not b for a, b in zip(planes, witness.planes, strict=True)):
+                return False
+        due = event.witnesses[-len(call.outputs) :]
+        return all(tuple(o.shape) == w.shape for o, w in zip(call.outputs, due, strict=True))
 
     def changes(self, position: int) -> set[tuple[int, int]]:
         """Sizes before and after that differ in the recorded event at a position."""
@@ -186,6 +247,18 @@ class Checker(Tracer):
             elif not agree(torch.zeros_like(ids), ids, lost):
                 return False
         return not unmatched
+
+
+def _identical(first: Planes, second: Planes) -> bool:
+    return len(first) == len(second) and all(
+        a.zero == b.zero and a.ids.shape == b.ids.shape and torch.equal(a.ids, b.ids)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def _without_sizes(call: Call) -> bool:
+    """Whether the sizes among the arguments have nothing to do with channels."""
+    return call.name == "convolution" and call.arguments["groups"] == 1
 
 
 def _informative(labels: Iterable[Tensor]) -> list[Tensor]:

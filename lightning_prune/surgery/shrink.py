@@ -16,7 +16,7 @@ from lightning_prune.errors import ConfigurationError, ShrinkError
 from lightning_prune.graph.analysis import Analysis
 from lightning_prune.graph.channels import ChannelGraph, ChannelGroup
 from lightning_prune.graph.program import Program, module_programs
-from lightning_prune.graph.tracer import named_leaves
+from lightning_prune.graph.tracer import Event, named_leaves
 from lightning_prune.surgery.attributes import Setting, UnsolvedError
 from lightning_prune.surgery.resize import Cut, resize_optimizers
 from lightning_prune.surgery.transaction import applied, kept_labels
@@ -97,13 +97,14 @@ def _trial_units(units: Tensor, number: int) -> Tensor:
 def _refuse(analysis: Analysis, problem: UnsolvedError, keep: Mapping[str, Tensor]) -> None:
     """Keep whole what reached the call that could not follow, or everything if nothing cut reached it."""
     kept = kept_labels(analysis, keep)
+
+    def cut(event: Event) -> list[Tensor]:
+        roots = [analysis.root(plane.ids).flatten() for witness in event.witnesses for plane in witness.planes]
+        return [r for r in roots if bool((~kept[r]).any())]
+
     for run in analysis.runs if problem.run is None else [problem.run]:
-        nearby = run.events[max(problem.position - 1, 0) : problem.position + 1]
-        for event in reversed(nearby):
-            roots = [analysis.root(plane.ids).flatten() for witness in event.witnesses for plane in witness.planes]
-            cut = [r for r in roots if bool((~kept[r]).any())]
-            if cut:
-                analysis.freeze(torch.cat(cut), problem.reason)
+        for position in (problem.position, problem.position - 1):
+            if 0 <= position < len(run.events) and analysis.freeze_alike(run, position, cut, problem.reason):
                 return
     analysis.freeze(torch.cat([analysis.units[name] for name in keep]), problem.reason)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lightning_prune.graph.analysis import Analysis, Run
 from lightning_prune.graph.labels import SOLID
-from lightning_prune.graph.tracer import run_traced
+from lightning_prune.graph.rehearsal import NumbersNeededError
+from lightning_prune.graph.tracer import Memory, run_traced
 from lightning_prune.surgery.attributes import (
     Remembered,
     Setting,
@@ -60,6 +61,7 @@ class Transaction:
         self.descriptions = Descriptions(self.model)
         self.saved: list[Saved] = resize(self.tensors, self.cuts)
         self.settings: dict[Setting, int] = {}
+        self._memory: Memory = {}
 
     def prove(self) -> None:
         """Run every program on the cut network; it must do what was recorded, less what was removed.
@@ -81,7 +83,7 @@ class Transaction:
 
     def _follows(self, run: Run, expectation: Expectation, values: dict[Setting, int], used: set[Setting]) -> bool:
         """Run one program; returns whether a setting was changed that the program had used before."""
-        checker = Checker(expectation, run)
+        checker = Checker(expectation, run, self._memory)
         solver = Solver(checker, values, used)
         try:
             with symbolic(self.model, values), solver:
@@ -91,7 +93,7 @@ class Transaction:
         except UnsolvedError as problem:
             problem.run = run
             raise
-        except Exception as error:
+        except (Exception, NumbersNeededError) as error:
             unsolved = UnsolvedError(checker.position, f"{run.program.name} failed after the cut: {error}")
             unsolved.run = run
             raise unsolved from error

@@ -54,7 +54,6 @@ def batch_norm(call: Call) -> list[Planes]:
 def layer_norm(call: Call) -> list[Planes]:
     """Statistics over the last dimensions: channels there cannot go without changing them."""
     data, normalised = call.tensors[0], len(call.arguments["normalized_shape"])
-    call.sizes.add("normalized_shape")
     inner = range(data.dim() - normalised, data.dim())
     planes = settle(call.space, call.planes(data), inner, _STATISTICS)
     vectors = {key: call.arguments.get(key) for key in ("weight", "bias")}
@@ -66,7 +65,6 @@ def layer_norm(call: Call) -> list[Planes]:
 def group_norm(call: Call) -> list[Planes]:
     """Statistics over the channels of a group: whole groups can go."""
     data, groups = call.tensors[0], call.arguments["group"]
-    call.sizes.add("group")
     batch, channels = data.shape[:2]
     inner = (batch, groups, channels // groups)
     ones = (1,) * (data.dim() - 2)

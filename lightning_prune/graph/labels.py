@@ -10,7 +10,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -132,7 +132,7 @@ class LabelSpace:
 
     def snapshot(self) -> Callable[[], None]:
         """A function that forgets everything learnt since now (labels stay handed out)."""
-        lists = [self.edges, self.static_edges, self.frozen, self.blocks]
+        lists: list[list[Any]] = [self.edges, self.static_edges, self.frozen, self.blocks]
         lengths = [len(items) for items in lists]
         marks = {mark: len(found) for mark, found in self.marks.items()}
 

@@ -311,17 +311,28 @@ class Tracer(TorchDispatchMode):
         self.events.append(event)
 
     def _settled(self, planes: Planes) -> Planes:
-        """At most one plane for each dimension: the second one on the same dimension stays whole."""
+        """At most one plane for each dimension."""
         kept: list[Plane] = []
         for plane in planes:
             if not plane.dims:
                 self.space.freeze(plane.ids, "single channels are picked by their number")
                 continue
-            if any(set(plane.dims) & set(other.dims) for other in kept):
-                self.space.freeze(plane.ids, "shares a dimension with other channels")
+            for other in [other for other in kept if set(plane.dims) & set(other.dims)]:
+                if plane.dims == other.dims:
+                    self.space.freeze(plane.ids, "shares a dimension with other channels")
+                    break  # the plane is dropped: it is solid now
+                kept.remove(other)
+                plane = self._joined(plane, other)
             else:
                 kept.append(plane)
         return tuple(kept)
+
+    def _joined(self, first: Plane, second: Plane) -> Plane:
+        """Two planes that vary along a common dimension and elsewhere: what goes goes along the common one only."""
+        common = set(first.dims) & set(second.dims)
+        outer = [self.space.tie(p.ids, [d for d in p.dims if d not in common]) for p in (first, second)]
+        self.space.unite(*outer)
+        return Plane(outer[0], first.zero and second.zero)
 
     def _forget_zero(self, call: Call, tensor: Tensor, planes: Planes) -> None:
         """After an in-place operator that does not keep zeros, no alias of that memory may still claim them."""

@@ -24,6 +24,7 @@ from lightning_prune.graph.program import is_observed, map_nested, unobserved
 from lightning_prune.surgery.check import Checker
 
 _MAX_ATTEMPTS = 200
+Guess = dict["Setting", int]
 
 
 class Setting(NamedTuple):
@@ -151,7 +152,7 @@ class Solver(TorchFunctionMode):
             raise
         except Exception as error:
             failed_at = self.checker.position
-            for guess in self._guesses(sorted(settings, key=str), start, failed_at):
+            for guess in self._guesses(arguments, sorted(settings, key=str), start, failed_at):
                 try:
                     result = self._attempt(func, arguments, {**self.values, **guess}, start)
                 except Exception:
@@ -168,10 +169,12 @@ class Solver(TorchFunctionMode):
         args, kwargs = map_nested(lambda leaf: resolve(leaf, values), arguments)
         return func(*args, **kwargs)
 
-    def _guesses(self, settings: Sequence[Setting], start: int, failed_at: int) -> Iterator[dict[Setting, int]]:
-        """One setting at a time, then two; the values are sizes that changed here, and what follows from them."""
+    def _guesses(self, arguments: Any, settings: Sequence[Setting], start: int, end: int) -> Iterator[Guess]:
+        """What the settings may be: sizes that changed in this call, and what follows from them."""
         with unobserved():
-            changes = sorted(set().union(*(self.checker.changes(p) for p in range(start, failed_at + 2))))
+            placed = list(self._placed(arguments, range(start, end + 2)))
+            changes = sorted(set().union(*(self.checker.changes(p) for p in range(start, end + 2))))
+        yield from placed
         options: dict[Setting, list[int]] = {}
         for setting in settings:
             value = self.values.get(setting)
@@ -181,9 +184,35 @@ class Solver(TorchFunctionMode):
             found += [value * new // old for old, new in changes if value * new % old == 0]
             found += [value - (old - new) for old, new in changes]
             options[setting] = [v for v in dict.fromkeys(found) if v > 0 and v != value]
+        yield {setting: values[0] for setting, values in options.items() if values}
         singles = [{s: v} for s, values in options.items() for v in values]
         pairs = ({**a, **b} for a, b in itertools.combinations(singles, 2) if a.keys() != b.keys())
         yield from itertools.islice(itertools.chain(singles, pairs), _MAX_ATTEMPTS)
+
+    def _placed(self, arguments: Any, positions: Iterable[int]) -> Iterator[Guess]:
+        """Where a list of sizes was handed on as it is: the new sizes, place by place."""
+        lists = [values for values in _sequences(arguments) if any(isinstance(v, Symbol) and v.setting for v in values)]
+        for position in positions:
+            for old, new in self.checker.due_sizes(position):
+                for values in lists:
+                    if len(values) == len(old) and all(a in (b, -1) for a, b in zip(values, old, strict=True)):
+                        pairs = zip(values, new, strict=True)
+                        yield {v.setting: n for v, n in pairs if isinstance(v, Symbol) and v.setting and v != -1}
+
+
+def _sequences(value: Any) -> Iterator[Sequence[int]]:
+    """Every sequence of nothing but integers in nested containers, the outermost ones first."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        if value and all(isinstance(item, int) for item in value):
+            yield value
+        for start in range(1, len(value) - 1):  # sizes given one by one, after the tensor
+            if all(isinstance(item, int) for item in value[start:]):
+                yield value[start:]
+                break
+        for item in value:
+            yield from _sequences(item)
 
 
 def integer_settings(model: nn.Module) -> dict[Setting, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -206,6 +206,17 @@ class Checker(Tracer):
             return set()
         pairs = zip(self.recorded[position].witnesses, event.witnesses, strict=True)
         return {(o, n) for old, new in pairs for o, n in zip(old.shape, new.shape, strict=True) if o != n}
+
+    def due_sizes(self, position: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Lists of sizes that the recorded operator may have been given, with those that are due now."""
+        event = self.expected(position)
+        if event is None:
+            return
+        old, new = self.recorded[position].witnesses, event.witnesses
+        yield from ((a.shape, b.shape) for a, b in zip(old, new, strict=True))
+        if len(old) > 1:
+            for dim in range(min(len(witness.shape) for witness in old)):
+                yield tuple(w.shape[dim] for w in old), tuple(w.shape[dim] for w in new)
 
     def new_labels(self, shape: Sequence[int], dims: Sequence[int]) -> Planes:
         """A tensor made from nothing must have the size and the labels that it had, less what was removed."""

@@ -86,12 +86,16 @@ def trace_programs(model: nn.Module, programs: Sequence[Program]) -> ChannelGrap
     return analysis.graph()
 
 
+_TRIAL_SHARES = (0.4, 0.8, 0.6)
+
+
 def _trial_units(units: Tensor, number: int) -> Tensor:
     """Some units of a group; another share for each group, so that sizes do not agree by chance."""
-    share = (2, 3, 4)[number % 3]
     index = torch.arange(len(units))
-    kept = index[index % share != share - 1]
-    return kept if len(kept) < len(index) else index[:-1] if len(index) > 1 else index
+    if len(units) < 3:
+        return index[: max(len(units) - 1, 1)]
+    count = min(max(round(len(units) * _TRIAL_SHARES[number % 3]), 2), len(units) - 1)
+    return torch.unique(torch.linspace(0, len(units) - 1, count).long())
 
 
 def _refuse(analysis: Analysis, problem: UnsolvedError, keep: Mapping[str, Tensor]) -> None:
@@ -106,7 +110,40 @@ def _refuse(analysis: Analysis, problem: UnsolvedError, keep: Mapping[str, Tenso
         for position in (problem.position, problem.position - 1):
             if 0 <= position < len(run.events) and analysis.freeze_alike(run, position, cut, problem.reason):
                 return
-    analysis.freeze(torch.cat([analysis.units[name] for name in keep]), problem.reason)
+    culprit = _narrowed(analysis, keep)
+    same = [name for name, group in analysis.groups.items() if _like(group, analysis.groups[culprit])]
+    analysis.freeze(torch.cat([analysis.units[name] for name in same]), problem.reason)
+
+
+def _like(first: ChannelGroup, second: ChannelGroup) -> bool:
+    return first.pattern == second.pattern and first.width == second.width
+
+
+def _narrowed(analysis: Analysis, keep: Mapping[str, Tensor]) -> str:
+    """One group without which fewer groups, perhaps none, fail to be cut together; the smallest of those involved."""
+
+    def fails(names: Sequence[str]) -> bool:
+        try:
+            with applied(analysis, {name: keep[name] for name in names}) as transaction:
+                transaction.prove()
+                transaction.undo()
+        except UnsolvedError:
+            return True
+        return False
+
+    involved: list[str] = []
+    names = list(keep)
+    while not (involved and fails(involved)):
+        # The shortest beginning of the list that fails along with those involved ends in another one.
+        low, high = 1, len(names)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fails([*names[:middle], *involved]) else (middle + 1, high)
+        involved.append(names[low - 1])
+        names = names[: low - 1]
+        if not names:
+            break
+    return min(involved, key=lambda name: sum(slot.index.numel() for slot in analysis.groups[name].slots))
 
 
 def shrink(

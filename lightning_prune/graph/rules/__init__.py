@@ -34,8 +34,10 @@ def find_rule(function: OpOverload) -> Rule:
     if full_name in _USER_RULES:
         return _USER_RULES[full_name]
     namespace, name = full_name.split("::")
-    if namespace not in ("aten", "prims") or torch.Tag.inplace_view in function.tags:
+    if namespace not in ("aten", "prims"):
         return opaque
+    if torch.Tag.inplace_view in function.tags:
+        return shapes.IN_PLACE.get(name, opaque)
     name = name if name.startswith("__") or not name.endswith("_") else name[:-1]
     if torch.Tag.pointwise in function.tags and name not in shapes.RULES:
         return pointwise.pointwise

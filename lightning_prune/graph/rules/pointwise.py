@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.graph.labels import LabelSpace, Plane, align
+from lightning_prune.graph.labels import LabelSpace, Plane, align, varying
 from lightning_prune.graph.program import map_nested
 from lightning_prune.graph.tracer import Call, Labelled, Planes, Rule
 
@@ -49,11 +49,13 @@ def merge(
                 carrier.zeros |= other.zeros
                 carriers.remove(other)
             carriers.append(carrier)
+    planes = []
     for carrier in carriers:
-        for number, shape in enumerate(shapes):
-            if number not in carrier.members:
-                carrier.ids = _against_solid(space, carrier.ids, shape)
-    return tuple(Plane(c.ids, zero(c.zeros)) for c in carriers)
+        solid = [shape for number, shape in enumerate(shapes) if number not in carrier.members]
+        ids = _against_solid(space, carrier.ids, solid)
+        if ids is not None:
+            planes.append(Plane(ids, zero(carrier.zeros)))
+    return tuple(planes)
 
 
 def _meet(first: Tensor, second: Tensor) -> bool:
@@ -76,15 +78,13 @@ def _combine(space: LabelSpace, first: Tensor, second: Tensor, static: bool) -> 
     return space.tie(outer, extra)
 
 
-def _against_solid(space: LabelSpace, ids: Tensor, shape: Sequence[int]) -> Tensor:
-    """An operand without labels meets the plane: dimensions along which it is not broadcast cannot be cut."""
-    dims = [d for d, n in enumerate(ids.shape) if n > 1]
-    solid = [d for d in dims if shape[d] > 1]
-    if not solid:
-        return ids
-    if solid == dims:
+def _against_solid(space: LabelSpace, ids: Tensor, shapes: Sequence[Sequence[int]]) -> Tensor | None:
+    """Operands without labels meet the plane: dimensions along which they are not broadcast cannot be cut."""
+    dims = varying(ids)
+    solid = [d for d in dims if any(shape[d] > 1 for shape in shapes)]
+    if solid and len(solid) == len(dims):
         space.freeze(ids, "meets a tensor of fixed size")
-        return ids
+        return None
     return space.tie(ids, solid)
 
 

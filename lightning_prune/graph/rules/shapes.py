@@ -35,6 +35,12 @@ def same_place(call: Call) -> list[Planes]:
     return [tuple(planes)]
 
 
+def turned(call: Call) -> list[Planes]:
+    """Dimensions of a tensor change places while it stays the same tensor."""
+    source, function = _source(call), getattr(torch.ops.aten, call.name)
+    return [tuple(Plane(function(p.ids, *call.args[1:]), p.zero) for p in call.planes(source))]
+
+
 def expand(call: Call) -> list[Planes]:
     """Broadcasting adds dimensions along which nothing varies; they may take any size."""
     source, target = _source(call), call.outputs[0]
@@ -198,6 +204,8 @@ _RESHAPES = (
     "view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten", "unflatten", "alias",
     "detach", "clone", "contiguous", "squeeze_copy", "expand_as", "positive",
 )  # fmt: skip
+IN_PLACE: dict[str, Rule] = dict.fromkeys(("transpose_", "t_", "swapaxes_", "swapdims_", "unsqueeze_"), turned)
+"""Operators that give a tensor another shape while it stays the same tensor."""
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_RESHAPES, reshape),
     **dict.fromkeys(("t", "transpose", "permute", "movedim", "swapaxes", "numpy_T"), same_place),

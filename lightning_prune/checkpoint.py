@@ -13,6 +13,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from lightning_prune.errors import ConfigurationError
+from lightning_prune.graph.program import loose_tensors
 from lightning_prune.graph.tracer import named_leaves
 from lightning_prune.surgery.attributes import Setting, integer_settings, write_settings
 from lightning_prune.surgery.constructors import Descriptions
@@ -69,7 +70,8 @@ def refuse_foreign(model: nn.Module, state_dict: Mapping[str, Tensor], record: M
 def _strangers(model: nn.Module, state_dict: Mapping[str, Tensor], record: Mapping[str, Any]) -> Iterator[str]:
     """What in a checkpoint does not fit the network, whatever its widths."""
     settings, tensors = integer_settings(model), named_leaves(model)
-    yield from (f"this one has no {name}" for name in record.get("cut", ()) if name not in tensors)
+    known = {*tensors, *record.get("unsaved", ())}
+    yield from (f"this one has no {name}" for name in record.get("cut", ()) if name not in known)
     missing = (setting for setting in settings_of(record) if setting not in settings)
     yield from (f"this one has no number {setting.module}.{setting.attribute}" for setting in missing)
     for name, tensor in tensors.items():
@@ -95,7 +97,7 @@ def resize_to(
     """
     descriptions = Descriptions(model) if not record else None
     unsaved: Mapping[str, Tensor] = record.get("unsaved", {})
-    for name, tensor in named_leaves(model).items():
+    for name, tensor in {**named_leaves(model), **loose_tensors(model)}.items():
         saved = state_dict.get(name, unsaved.get(name))
         if saved is not None and saved.dim() == tensor.dim() and saved.shape != tensor.shape:
             replace(tensor, torch.empty(saved.shape, dtype=tensor.dtype, device=tensor.device))

@@ -15,6 +15,7 @@ from lightning_prune.callbacks.support import rewrap, shadows
 from lightning_prune.checkpoint import original_settings_of, plain_settings, settings_of
 from lightning_prune.cost import CostModel, checkpoint_bytes
 from lightning_prune.errors import TraceError
+from lightning_prune.graph.program import loose_tensors
 from lightning_prune.graph.tracer import named_leaves
 from lightning_prune.masks import Masks
 from lightning_prune.probe import Probe
@@ -76,12 +77,13 @@ class Network:
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold beside the weights, in plain types."""
         saved = self.module.state_dict().keys()
+        tensors = {**self.tensors, **loose_tensors(self.module)}
         return {
             "original": dict(self.original),
             "masks": {name: mask.clone() for name, mask in self.masks.keep.items()},
             "settings": plain_settings(self._settings, self._original_settings),
             "cut": sorted(self._cut),
-            "unsaved": {name: self.tensors[name].detach().cpu().clone() for name in self._cut if name not in saved},
+            "unsaved": {n: tensors[n].detach().cpu().clone() for n in self._cut if n not in saved and n in tensors},
         }
 
     def widths(self) -> dict[str, int]:
@@ -162,7 +164,8 @@ class Network:
         if not result.cuts:
             return result
         for copy in shadows(self.module):
-            resize(named_leaves(copy), result.cuts)
+            tensors = {**named_leaves(copy), **loose_tensors(copy)}
+            resize(tensors, {name: cuts for name, cuts in result.cuts.items() if name in tensors})
             write_settings(copy, result.settings)
         self._settings.update(result.settings)
         self._original_settings = {**{s: before[s] for s in result.settings}, **self._original_settings}

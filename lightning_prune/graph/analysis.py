@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from lightning_prune.errors import TraceError
 from lightning_prune.graph.channels import ChannelGraph, ChannelGroup, Extent, Operation, Refusal, Role, Slot
 from lightning_prune.graph.labels import SOLID, Frozen, Labels, LabelSpace, Plane, compact, components, varying
-from lightning_prune.graph.program import Program
+from lightning_prune.graph.program import Program, loose_tensors
 from lightning_prune.graph.rehearsal import NumbersNeededError
 from lightning_prune.graph.rules import find_rule
 from lightning_prune.graph.rules.contractions import NEEDS_ZERO
+from lightning_prune.graph.selections import Selection
+from lightning_prune.graph.support import check_network, check_samples, left_whole
 from lightning_prune.graph.tracer import Counted, Event, Labelled, Memory, Tracer, named_leaves, run_traced
 
 _ROLES: tuple[Role, ...] = ("consumer", "producer", "scale", "statistic", "bias")
@@ -32,6 +34,7 @@ class Run(NamedTuple):
     counted: list[Counted]
     dtypes: set[torch.dtype]
     rehearsed: bool
+    selections: list[Selection]
 
 
 class Leaf(NamedTuple):
@@ -65,16 +68,19 @@ class Analysis:
         """See the class."""
         self.model = model
         self.tensors = named_leaves(model)
-        _check(self.tensors)
+        check_network(model, self.tensors)
         self.space = LabelSpace()
         self.labels = {name: self._leaf_labels(tensor) for name, tensor in self.tensors.items()}
+        self.loose = {name: (tensor, self._leaf_labels(tensor)) for name, tensor in loose_tensors(model).items()}
         self.notes: list[Refusal] = []
+        self._leave_whole()
         self.frozen_later: list[Frozen] = []
         self.runs: list[Run] = []
         self._memory: Memory = {}
         touched: set[int] = set()
         failures: dict[str, Exception] = {}
         for program in programs:
+            check_samples(program.name, program.samples)
             try:
                 touched |= self._trace(program)
             except Exception as error:
@@ -105,6 +111,15 @@ class Analysis:
         self._edges_solved = 0
         self.solve()
 
+    def _leave_whole(self) -> None:
+        """Keep parts whole that no run could tell how to cut."""
+        for name, reason in left_whole(self.model, self.tensors).items():
+            if name not in self.labels:
+                self.notes.append(Refusal(name, reason))
+                continue
+            for plane in self.labels[name].planes:
+                self.space.frozen.append(Frozen(plane.ids.flatten(), reason))
+
     def _leaf_labels(self, tensor: Tensor) -> Labels:
         labelled = tensor.is_floating_point() or tensor.is_complex()
         return Labels(self.space.fresh(tensor.shape) if labelled else (), static=True)
@@ -120,13 +135,13 @@ class Analysis:
         return self._run(program, rehearsing=False)
 
     def _run(self, program: Program, rehearsing: bool) -> set[int]:
-        leaves = [(self.tensors[name], labels) for name, labels in self.labels.items()]
+        leaves = [*((self.tensors[name], labels) for name, labels in self.labels.items()), *self.loose.values()]
         tracer = Tracer(self.space, leaves, find_rule, not program.training, rehearsing, self._memory)
         outputs = run_traced(program, tracer)
         for output in outputs:
             for plane in tracer.labels_of(output).planes:
                 self.space.frozen.append(Frozen(plane.ids.flatten(), "is an output of the network"))
-        self.runs.append(Run(program, tracer.events, tracer.counted, tracer.dtypes, rehearsing))
+        self.runs.append(Run(program, tracer.events, tracer.counted, tracer.dtypes, rehearsing, tracer.selections.tape))
         return tracer.touched
 
     def freeze(self, roots: Tensor, reason: str) -> None:
@@ -135,30 +150,18 @@ class Analysis:
         self.space.frozen.append(self.frozen_later[-1])
         self.solve()
 
-    def freeze_alike(self, run: Run, position: int, roots: Callable[[Event], list[Tensor]], reason: str) -> bool:
-        """Keep whole what reaches one executed operator, and what reaches others that the same line of code ran alike.
+    def groups_at(self, event: Event) -> list[str]:
+        """Groups whose channels an executed operator is given or returns."""
+        planes = (plane for witness in event.inputs + event.witnesses for plane in witness.planes)
+        ids = {id(plane.ids): plane.ids.flatten() for plane in planes}
+        numbers = torch.cat([self.group_of[self.root(found)] for found in ids.values()]) if ids else torch.zeros(0)
+        return [self.group_names[number] for number in torch.unique(numbers).tolist() if number >= 0]
 
-        Repeated blocks run the same code with the same sizes: what one of them cannot follow the others cannot either.
-
-        Args:
-            run: The program that executed the operator.
-            position: Which of its events it is.
-            roots: Units to freeze at an event.
-            reason: Why.
-
-        Returns:
-            Whether there was anything to freeze.
-        """
-        model = run.events[position]
-        found = roots(model)
-        if not found:
-            return False
-        for other in self.runs:
-            for event in other.events:
-                if event is not model and _alike(event, model):
-                    found += roots(event)
-        self.freeze(torch.cat(found), reason)
-        return True
+    def events_alike(self, model: Event) -> Iterator[Event]:
+        """Other operators that the same line of code ran on tensors of the same shapes, as repeated blocks do."""
+        for event in itertools.chain.from_iterable(run.events for run in self.runs):
+            if event is not model and _alike(event, model):
+                yield event
 
     def repeated(self) -> Analysis:
         """Run and solve everything anew, for a network whose weights or surroundings have moved on."""
@@ -396,12 +399,3 @@ def _stretches(roots: Tensor, leaves: Tensor) -> Iterator[tuple[Signature, Tenso
         start = int(first_runs[head])
         signature = codes[:, start : start + int(lengths[head])].T.tolist()
         yield tuple((leaf, count) for leaf, count in signature), torch.arange(head, end)
-
-
-def _check(tensors: dict[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if is_lazy(tensor):
-            raise TraceError(
-                f"{name} is a lazy parameter that has no shape yet: run one forward pass through the network before "
-                f"it is pruned, or give the LightningModule an example_input_array"
-            )

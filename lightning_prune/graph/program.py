@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
+
+from lightning_prune.errors import ConfigurationError
+from lightning_prune.graph.support import ParametersKept, check_inputs, check_result, hinted, same_structure
 
 
 @dataclass(frozen=True)
@@ -126,8 +130,9 @@ def preserved(model: nn.Module, training: bool | None) -> Iterator[None]:
 
 @contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Put back which objects the attributes of all modules refer to, and the random state of Python and NumPy."""
+    """Put back what the attributes of all modules refer to and contain, and the random state of Python and NumPy."""
     attributes = [(m, dict(vars(m))) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    contents = [(container, container.copy()) for _, kept in attributes for container in _containers(kept.values())]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         yield
@@ -137,6 +142,59 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
         for module, kept in attributes:
             vars(module).clear()
             vars(module).update(kept)
+        for container, content in contents:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
+
+
+def _containers(values: Iterable[Any]) -> Iterator[Any]:
+    """Every plain list, dict and set that a module holds, nested ones too; a cache, say."""
+    for value in values:
+        if type(value) in (dict, list, set):
+            yield value
+        if type(value) in (dict, list, tuple):
+            yield from _containers(value.values() if isinstance(value, dict) else value)
+
+
+def loose_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors that modules hold as plain attributes or in containers, without having registered them: caches, mostly."""
+    registered = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for name, value in vars(module).items():
+            if name.startswith("_") and name in _REGISTRIES:
+                continue
+            for place, tensor in _placed_tensors(name, value):
+                if id(tensor) not in registered and tensor.grad_fn is None:
+                    registered.add(id(tensor))
+                    found[f"{path}.{place}" if path else place] = tensor
+    return found
+
+
+def forget_caches(model: nn.Module) -> None:
+    """Let modules drop what they worked out from their weights, as many do when their mode is switched."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(not model.training)
+    model.train(not model.training)
+    for module, mode in modes:
+        module.training = mode
+
+
+_REGISTRIES = frozenset(vars(nn.Module()))
+"""Where a module keeps what it has registered."""
+
+
+def _placed_tensors(place: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield place, value
+    elif type(value) is dict:
+        for key, item in value.items():
+            yield from _placed_tensors(f"{place}[{key!r}]", item)
+    elif type(value) in (list, tuple):
+        for number, item in enumerate(value):
+            yield from _placed_tensors(f"{place}[{number}]", item)
 
 
 def count_samples(data: Any) -> int:
@@ -145,27 +203,103 @@ def count_samples(data: Any) -> int:
     return len(tensors[0]) if tensors else 1
 
 
-def module_programs(model: nn.Module, inputs: Tensor | Sequence[Any] | Mapping[str, Any]) -> list[Program]:
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+"""One tensor, a sequence of positional arguments or a mapping of keyword arguments."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A way to call a network.
+
+    Args:
+        inputs: One tensor, a sequence of positional arguments or a mapping of keyword arguments.
+        method: Name of the method that is called with them.
+    """
+
+    inputs: Inputs
+    method: str = "forward"
+
+
+def module_programs(
+    model: nn.Module, inputs: Inputs | Example, more: Sequence[Inputs | Example | Program] = ()
+) -> list[Program]:
     """Programs that call ``model`` on example inputs, in evaluation and in train mode.
 
     Args:
         model: Any module.
-        inputs: One tensor, a sequence of positional arguments, or a mapping of keyword arguments.
+        inputs: One tensor, a sequence of positional arguments, or a mapping of keyword arguments; or an
+            :class:`Example`, to call another method than ``forward``.
+        more: Further ones, for parts of the network that the first does not reach; each is run with other random
+            numbers than the ones before, so that the same inputs again may skip other layers. A :class:`Program` is
+            taken as it is.
+
+    Raises:
+        ConfigurationError: If there is no such method, or inputs are of another kind.
+        TraceError: If nothing can be learnt from running the network on such inputs.
+
+    Example:
+        >>> net = nn.Linear(4, 2)
+        >>> [program.name for program in module_programs(net, torch.zeros(3, 4), [Example([True], "train")])]
+        ... # doctest: +NORMALIZE_WHITESPACE
+        ['forward (evaluation mode)', 'forward (train mode)', 'train (evaluation mode)', 'train (train mode)']
     """
-    arguments: Sequence[Any] = inputs if isinstance(inputs, (tuple, list)) else ()
-    keywords: Mapping[str, Any] = inputs if isinstance(inputs, Mapping) else {}
-    if isinstance(inputs, Tensor):
-        arguments = (inputs,)
+    programs: list[Program] = []
+    calls: Counter[str] = Counter()
+    for entry in (inputs, *more):
+        if isinstance(entry, Program):
+            programs.append(entry)
+            continue
+        example = entry if isinstance(entry, Example) else Example(entry)
+        calls[example.method] += 1
+        copy = calls[example.method]
+        # Glued to the method, so that it counts as a call of its own: one that fails is an error.
+        name = example.method if copy == 1 else f"{example.method}#{copy}"
+        programs += _example_programs(model, example, name, copy - 1)
+    return programs
 
-    def runner(training: bool) -> Callable[[], Any]:
+
+def _example_programs(model: nn.Module, example: Example, name: str, seed: int) -> list[Program]:
+    """Programs for one example, in evaluation and in train mode; with a seed unless it is 0."""
+    arguments, keywords = _arguments(example.inputs)
+    if not callable(getattr(model, example.method, None)):
+        raise ConfigurationError(f"{type(model).__name__} has no method '{example.method}' to run it by")
+    tensors = [tensor for tensor in tree_leaves((arguments, keywords)) if isinstance(tensor, Tensor)]
+    check_inputs(model, name, tensors)
+
+    def program(training: bool) -> Program:
+        spoken = f"{name} ({'train' if training else 'evaluation'} mode)"
+        parameters_kept = ParametersKept(model)
+
         def run() -> Any:
-            with attributes_kept(model), preserved(model, training), torch.no_grad():
-                return model(*arguments, **keywords)
+            method = model if example.method == "forward" else getattr(model, example.method)
+            with attributes_kept(model), preserved(model, training), parameters_kept(), torch.no_grad():
+                if seed:
+                    _seed(seed)
+                with same_structure(model, spoken), hinted(model, spoken, tensors):
+                    result = method(*arguments, **keywords)
+            check_result(model, spoken, result, tensors_in(result))
+            return result
 
-        return run
+        return Program(spoken, run, training, count_samples((arguments, keywords)))
 
-    samples = count_samples((arguments, keywords))
-    return [
-        Program(f"forward ({'train' if training else 'evaluation'} mode)", runner(training), training, samples)
-        for training in (False, True)
-    ]
+    return [program(training) for training in (False, True)]
+
+
+def _arguments(inputs: Inputs) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Example inputs as positional and keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, (tuple, list)):
+        return inputs, {}
+    raise ConfigurationError(
+        f"example inputs must be a tensor, a list or tuple of arguments or a dict of keyword arguments, not "
+        f"{type(inputs).__name__}"
+    )
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)

@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lightning_prune.graph.labels import Labels, LabelSpace, Plane, Witness, user_line
 from lightning_prune.graph.program import Program, is_observed, map_nested, tensors_in
 from lightning_prune.graph.rehearsal import READS_OUTSIDE, NumbersNeededError, is_costly, made_up, reads_numbers
+from lightning_prune.graph.selections import Selections, is_selection
 
 LAYOUT_ONLY = frozenset({"clone", "contiguous", "detach", "alias"})
 """Operators that come and go with the memory layout and say nothing of what is computed."""
@@ -202,6 +203,7 @@ class Tracer(TorchDispatchMode):
         compared: Whether the numbers that come out will be compared with those of the shrunk network.
         rehearsing: Whether to leave out the costly arithmetic on data.
         memory: What rules said about calls before; to be shared by tracers with one label space.
+        selections: Where to record what is selected by its numbers, or what to play back.
     """
 
     def __init__(
@@ -212,6 +214,7 @@ class Tracer(TorchDispatchMode):
         compared: bool,
         rehearsing: bool,
         memory: Memory | None = None,
+        selections: Selections | None = None,
     ) -> None:
         """See the class."""
         super().__init__()  # type: ignore[no-untyped-call]
@@ -223,6 +226,7 @@ class Tracer(TorchDispatchMode):
         self.compared = compared
         self.rehearsing = rehearsing
         self._find_rule = find_rule
+        self.selections = selections or Selections()
         self._memory = {} if memory is None else memory
         self._labels: MutableMapping[Tensor, Labels] = WeakTensorKeyDictionary()
         self._leaves = {id(tensor) for tensor, _ in leaves}
@@ -245,8 +249,14 @@ class Tracer(TorchDispatchMode):
         tensors = [*_tensors(args), *_tensors(kwargs.values())]
         if self.rehearsing and any(self.labels_of(tensor).made_up for tensor in tensors) and reads_numbers(func, args):
             raise NumbersNeededError
-        left_out = self.rehearsing and is_costly(func) and not all(self.labels_of(t).static for t in tensors)
-        result = made_up(func, args, kwargs) if left_out else func(*args, **kwargs)
+        static = all(self.labels_of(tensor).static for tensor in tensors)
+        left_out = self.rehearsing and not static and is_costly(func)
+        if left_out:
+            result = made_up(func, args, kwargs)
+        elif not static and is_selection(func, args):
+            result = self.selections.run(func, args, kwargs)
+        else:
+            result = func(*args, **kwargs)
         self._carry(func, args, kwargs, result, left_out)
         return result
 
@@ -330,9 +340,9 @@ class Tracer(TorchDispatchMode):
     def _joined(self, first: Plane, second: Plane) -> Plane:
         """Two planes that vary along a common dimension and elsewhere: what goes goes along the common one only."""
         common = set(first.dims) & set(second.dims)
-        outer = [self.space.tie(p.ids, [d for d in p.dims if d not in common]) for p in (first, second)]
-        self.space.unite(*outer)
-        return Plane(outer[0], first.zero and second.zero)
+        a, b = (self.space.tie(p.ids, [d for d in p.dims if d not in common]) for p in (first, second))
+        self.space.unite(a, b)
+        return Plane(a, first.zero and second.zero)
 
     def _forget_zero(self, call: Call, tensor: Tensor, planes: Planes) -> None:
         """After an in-place operator that does not keep zeros, no alias of that memory may still claim them."""

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_prune.graph.analysis import Run
 from lightning_prune.graph.labels import user_line
 from lightning_prune.graph.program import is_observed, map_nested, unobserved
+from lightning_prune.graph.tracer import Event
 from lightning_prune.surgery.check import Checker
 
 _MAX_ATTEMPTS = 200
@@ -115,6 +116,12 @@ class UnsolvedError(Exception):
         self.position = position
         self.reason = reason
         self.run: Run | None = None
+
+    @property
+    def event(self) -> Event | None:
+        """The recorded event where it went wrong, if there is one."""
+        inside = self.run is not None and 0 <= self.position < len(self.run.events)
+        return self.run.events[self.position] if self.run is not None and inside else None
 
 
 class Solver(TorchFunctionMode):

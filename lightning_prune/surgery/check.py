@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_prune.graph.analysis import Analysis, Run
 from lightning_prune.graph.labels import SOLID, Labels, LabelSpace, Plane, Witness, compact, varying
 from lightning_prune.graph.rules import find_rule
+from lightning_prune.graph.selections import Selections
 from lightning_prune.graph.tracer import LAYOUT_ONLY, Call, Event, Memory, Numbers, Planes, Tracer
 
 
@@ -154,11 +155,13 @@ class Checker(Tracer):
         """See the class."""
         analysis = expectation.analysis
         leaves = []
-        for name, labels in analysis.labels.items():
+        registered = ((analysis.tensors[name], labels) for name, labels in analysis.labels.items())
+        for tensor, labels in (*registered, *analysis.loose.values()):
             planes = [expectation.plane(plane)[0] for plane in labels.planes]
-            leaves.append((analysis.tensors[name], Labels(tuple(p for p in planes if p is not None), labels.static)))
+            leaves.append((tensor, Labels(tuple(p for p in planes if p is not None), labels.static)))
         space = _FinalSpace(expectation.lost)
-        super().__init__(space, leaves, find_rule, not run.program.training, run.rehearsed, memory)
+        selections = Selections(run.selections)
+        super().__init__(space, leaves, find_rule, not run.program.training, run.rehearsed, memory, selections)
         self.expectation = expectation
         self.recorded = run.events
         self.position = 0

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_prune.surgery.attributes import Setting
 
@@ -78,7 +79,13 @@ class Descriptions:
 
 def _own_shapes(module: nn.Module) -> Shapes:
     own = {**module._parameters, **module._buffers}
-    return {name: tuple(tensor.shape) for name, tensor in own.items() if tensor is not None}
+    shapes = {name: tuple(tensor.shape) for name, tensor in own.items() if tensor is not None}
+    if is_parametrized(module):
+        for name, parametrizations in module.parametrizations.items():  # type: ignore[operator, union-attr]
+            originals = [p.shape for key, p in parametrizations._parameters.items() if key.startswith("original")]
+            if len({len(shape) for shape in originals}) == 1:
+                shapes[name] = tuple(torch.broadcast_shapes(*originals))
+    return shapes
 
 
 def _builder(kind: type[nn.Module]) -> type[nn.Module] | None:

@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 from lightning_prune.errors import ConfigurationError, ShrinkError
 from lightning_prune.graph.analysis import Analysis
 from lightning_prune.graph.channels import ChannelGraph, ChannelGroup
-from lightning_prune.graph.program import Program, module_programs
-from lightning_prune.graph.tracer import Event, named_leaves
+from lightning_prune.graph.program import Program, forget_caches, module_programs
+from lightning_prune.graph.tracer import named_leaves
 from lightning_prune.surgery.attributes import Setting, UnsolvedError
 from lightning_prune.surgery.resize import Cut, resize_optimizers
-from lightning_prune.surgery.transaction import applied, kept_labels
+from lightning_prune.surgery.transaction import applied
 from lightning_prune.surgery.verify import largest_difference, masked_outputs, outputs
 
 
@@ -95,54 +95,48 @@ def _trial_units(units: Tensor, number: int) -> Tensor:
     if len(units) < 3:
         return index[: max(len(units) - 1, 1)]
     count = min(max(round(len(units) * _TRIAL_SHARES[number % 3]), 2), len(units) - 1)
-    return torch.unique(torch.linspace(0, len(units) - 1, count).long())
+    return index[torch.unique(torch.linspace(0, len(units) - 1, count).long())]
 
 
 def _refuse(analysis: Analysis, problem: UnsolvedError, keep: Mapping[str, Tensor]) -> None:
-    """Keep whole what reached the call that could not follow, or everything if nothing cut reached it."""
-    kept = kept_labels(analysis, keep)
-
-    def cut(event: Event) -> list[Tensor]:
-        roots = [analysis.root(plane.ids).flatten() for witness in event.witnesses for plane in witness.planes]
-        return [r for r in roots if bool((~kept[r]).any())]
-
-    for run in analysis.runs if problem.run is None else [problem.run]:
-        for position in (problem.position, problem.position - 1):
-            if 0 <= position < len(run.events) and analysis.freeze_alike(run, position, cut, problem.reason):
-                return
-    culprit = _narrowed(analysis, keep)
-    same = [name for name, group in analysis.groups.items() if _like(group, analysis.groups[culprit])]
-    analysis.freeze(torch.cat([analysis.units[name] for name in same]), problem.reason)
+    """Keep whole a group without which the cut fails no more, or fails elsewhere."""
+    event = problem.event
+    nearby = [] if event is None else [name for name in analysis.groups_at(event) if name in keep]
+    names = nearby if nearby and _fails(analysis, keep, nearby) else list(keep)
+    culprit = _narrowed(analysis, keep, names)
+    alike = [culprit]
+    for other in analysis.events_alike(event) if event is not None and culprit in nearby else ():
+        same = [name for name in analysis.groups_at(other) if _like(analysis.groups[name], analysis.groups[culprit])]
+        alike.extend(name for name in same if name not in alike)
+    analysis.freeze(torch.cat([analysis.units[name] for name in alike]), problem.reason)
 
 
 def _like(first: ChannelGroup, second: ChannelGroup) -> bool:
     return first.pattern == second.pattern and first.width == second.width
 
 
-def _narrowed(analysis: Analysis, keep: Mapping[str, Tensor]) -> str:
-    """One group without which fewer groups, perhaps none, fail to be cut together; the smallest of those involved."""
+def _fails(analysis: Analysis, keep: Mapping[str, Tensor], names: Sequence[str]) -> bool:
+    try:
+        with applied(analysis, {name: keep[name] for name in names}) as transaction:
+            transaction.prove()
+            transaction.undo()
+    except UnsolvedError:
+        return True
+    return False
 
-    def fails(names: Sequence[str]) -> bool:
-        try:
-            with applied(analysis, {name: keep[name] for name in names}) as transaction:
-                transaction.prove()
-                transaction.undo()
-        except UnsolvedError:
-            return True
-        return False
 
+def _narrowed(analysis: Analysis, keep: Mapping[str, Tensor], names: Sequence[str]) -> str:
+    """One of the fewest groups that cannot be cut together: the one that costs least to keep whole."""
     involved: list[str] = []
-    names = list(keep)
-    while not (involved and fails(involved)):
+    while names and not (involved and _fails(analysis, keep, involved)):
         # The shortest beginning of the list that fails along with those involved ends in another one.
         low, high = 1, len(names)
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if fails([*names[:middle], *involved]) else (middle + 1, high)
+            fails = _fails(analysis, keep, [*names[:middle], *involved])
+            low, high = (low, middle) if fails else (middle + 1, high)
         involved.append(names[low - 1])
         names = names[: low - 1]
-        if not names:
-            break
     return min(involved, key=lambda name: sum(slot.index.numel() for slot in analysis.groups[name].slots))
 
 
@@ -198,13 +192,14 @@ def shrink(
 
 def _shrink(analysis: Analysis, units: Mapping[str, Tensor], optimizers: Iterable[Optimizer], verify: bool) -> Shrunk:
     try:
-        expected = masked_outputs(analysis, units) if verify else []
+        expected = masked_outputs(analysis, units) if verify else None
         with applied(analysis, units) as transaction:
             transaction.prove()
-            error = largest_difference(expected, outputs(analysis)) if expected else None
+            error = None if expected is None else largest_difference(expected, outputs(analysis, expected))
             resize_optimizers(optimizers, transaction.tensors, transaction.cuts, transaction.saved)
     except ShrinkError as problem:
         raise _not_exact(analysis, units, problem) from problem
+    forget_caches(analysis.model)
     return Shrunk(transaction.settings, transaction.cuts, error)
 
 
@@ -272,7 +267,7 @@ def _culprits(analysis: Analysis, units: Mapping[str, Tensor]) -> list[str]:
             expected = masked_outputs(analysis, alone)
             with applied(analysis, alone) as transaction:
                 transaction.prove()
-                largest_difference(expected, outputs(analysis))
+                largest_difference(expected, outputs(analysis, expected))
                 transaction.undo()
         except (UnsolvedError, ShrinkError):
             found.append(name)

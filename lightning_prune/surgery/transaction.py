@@ -53,9 +53,11 @@ class Transaction:
     def __init__(self, analysis: Analysis, keep: Mapping[str, Tensor]) -> None:
         """Apply the cut."""
         self.model, self.analysis = analysis.model, analysis
-        self.tensors = self.analysis.tensors
+        loose = {name: tensor for name, (tensor, _) in analysis.loose.items()}
+        self.tensors: dict[str, Tensor] = {**analysis.tensors, **loose}
         self.kept = kept_labels(self.analysis, keep)
         self.cuts: dict[str, list[Cut]] = plan_cuts(analysis.groups, self.tensors, keep)
+        self.cuts.update(self._loose_cuts())
         self.original = integer_settings(self.model)
         self.remembered = Remembered(self.model, self.original)
         self.descriptions = Descriptions(self.model)
@@ -98,6 +100,16 @@ class Transaction:
             unsolved.run = run
             raise unsolved from error
         return solver.revised
+
+    def _loose_cuts(self) -> dict[str, list[Cut]]:
+        """How the tensors that modules keep without registering them are cut along."""
+        cuts = {}
+        for name, (_, labels) in self.analysis.loose.items():
+            stays = [(plane.dims[0], self.kept[self.analysis.root(plane.ids.flatten())]) for plane in labels.planes]
+            axes = [Cut(dim, kept.nonzero().flatten()) for dim, kept in stays if not bool(kept.all())]
+            if axes:
+                cuts[name] = axes
+        return cuts
 
     def _described(self, known: Mapping[Setting, Fraction]) -> dict[Setting, int]:
         return {s: value for s, value in self.descriptions.settings(known).items() if s in self.original}

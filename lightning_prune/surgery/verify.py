@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from lightning_prune.errors import ShrinkError
 from lightning_prune.graph.analysis import Analysis
 from lightning_prune.graph.program import tensors_in
+from lightning_prune.graph.selections import Selection, Selections, SelectionsMode
 from lightning_prune.surgery.resize import Saved, replace, restore
 
 _TOLERANCE = {
@@ -30,26 +33,48 @@ class Output(NamedTuple):
     tolerance: float
 
 
-def outputs(analysis: Analysis) -> list[Output]:
+@dataclass(frozen=True)
+class Observed:
+    """What the evaluation programs handed out.
+
+    Attributes:
+        outputs: Their tensors.
+        selections: What each of them selected by its numbers.
+    """
+
+    outputs: list[Output] = field(default_factory=list)
+    selections: list[list[Selection]] = field(default_factory=list)
+
+
+def outputs(analysis: Analysis, like: Observed | None = None) -> Observed:
     """What the evaluation programs hand out now.
+
+    Args:
+        analysis: What is known of the network.
+        like: What they handed out in another run whose selections are repeated: numbers that differ by rounding only
+            must not pick another box or branch.
 
     Raises:
         ShrinkError: If one of them cannot be run.
     """
-    found: list[Output] = []
+    seen = Observed()
     for run in analysis.runs:
         if run.program.training:
             continue
         tolerance = max((_TOLERANCE.get(dtype, 0.0) for dtype in run.dtypes), default=0.0)
+        tape = None if like is None else like.selections[len(seen.selections)]
+        selections = Selections(tape, numbers=False)
         try:
-            result = run.program.run()
+            with SelectionsMode(selections) if run.selections else nullcontext():
+                result = run.program.run()
         except Exception as error:
             raise ShrinkError(f"{run.program.name} failed ({type(error).__name__}: {error})") from error
-        found += [Output(tensor.detach().clone(), tolerance) for tensor in tensors_in(result)]
-    return found
+        seen.selections.append(selections.tape)
+        seen.outputs.extend(Output(tensor.detach().clone(), tolerance) for tensor in tensors_in(result))
+    return seen
 
 
-def masked_outputs(analysis: Analysis, keep: Mapping[str, Tensor]) -> list[Output]:
+def masked_outputs(analysis: Analysis, keep: Mapping[str, Tensor]) -> Observed:
     """Outputs of the full network with the removed units switched off.
 
     Raises:
@@ -91,16 +116,17 @@ def _difference(expected: Tensor, found: Tensor) -> float:
     return float((a - b).abs().max()) / scale if scale > 0 else float(b.abs().max()) if b.numel() else 0.0
 
 
-def largest_difference(expected: Sequence[Output], found: Sequence[Output]) -> float:
+def largest_difference(expected: Observed, found: Observed) -> float:
     """Largest relative difference between outputs of the same shape.
 
     Raises:
         ShrinkError: If one differs by more than rounding can explain.
     """
-    if len(expected) != len(found):
-        raise ShrinkError(f"the shrunk network hands out {len(found)} tensors, the masked one {len(expected)}")
+    masked_count, count = len(expected.outputs), len(found.outputs)
+    if masked_count != count:
+        raise ShrinkError(f"the shrunk network hands out {count} tensors, the masked one {masked_count}")
     largest = 0.0
-    for (masked, tolerance), (shrunk, _) in zip(expected, found, strict=True):
+    for (masked, tolerance), (shrunk, _) in zip(expected.outputs, found.outputs, strict=True):
         if masked.shape == shrunk.shape:
             difference = _difference(masked, shrunk)
             if not difference <= tolerance:

@@ -326,9 +326,10 @@ class TestShrink:
         assert difference(masked, run(network, inputs)) <= 1e-5
 
     def test_a_network_that_is_wired_otherwise_by_now_is_refused(self) -> None:
-        network = Net(lambda n, x: n.b(F.relu(n.a(x)) + n.skip), a=nn.Linear(4, 8), b=nn.Linear(8, 3), skip=0)
+        skip = [0.0]
+        network = Net(lambda n, x: n.b(F.relu(n.a(x)) + skip[0]), a=nn.Linear(4, 8), b=nn.Linear(8, 3))
         graph = trace(network, torch.randn(2, 4))
-        network.skip = torch.arange(8.0)
+        skip[0] = torch.arange(8.0)
         before = everything(network)
         with pytest.raises(ShrinkError, match="group 'a' is not what it was when the network was traced"):
             shrink(network, graph, {"a": torch.arange(3)})
@@ -377,7 +378,7 @@ class TestAllOrNothing:
     def test_a_network_that_behaves_differently_at_one_width(self, verify) -> None:
         def forward(net, x):
             h = F.relu(net.a(x))
-            return net.c(F.relu(net.b(-h if h.shape[1] == 3 else h)))
+            return net.c(F.relu(net.b(-h if h.shape[1] == 2 else h)))
 
         network, inputs = Net(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 6), c=nn.Linear(6, 3)), torch.randn(5, 4)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
@@ -386,21 +387,21 @@ class TestAllOrNothing:
         graph = trace(network, inputs)
         before = everything(network, optimizer)
         with pytest.raises(ShrinkError, match=r"cutting a is not exact: .*executed neg where .* Exclude this group"):
-            shrink(network, graph, {"a": torch.arange(3), "b": torch.arange(4)}, [optimizer], verify)
+            shrink(network, graph, {"a": torch.arange(2), "b": torch.arange(4)}, [optimizer], verify)
         assert_same(before, everything(network, optimizer))
         assert shrink(network, graph, {"a": torch.arange(4), "b": torch.arange(4)}, [optimizer], verify)
 
     def test_a_network_that_fails_at_one_width(self) -> None:
         def forward(net, x):
-            if len(net.a.bias) == 3 and not torch.overrides._get_current_function_mode_stack():
-                raise KeyError("three")
+            if len(net.a.bias) == 2 and not torch.overrides._get_current_function_mode_stack():
+                raise KeyError("two")
             return net.b(F.relu(net.a(x)))
 
         network, inputs = Net(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 3)), torch.randn(5, 4)
         graph = trace(network, inputs)
         before = everything(network)
-        with pytest.raises(ShrinkError, match=r"forward \(evaluation mode\) failed \(KeyError: 'three'\)"):
-            shrink(network, graph, {"a": torch.arange(3)})
+        with pytest.raises(ShrinkError, match=r"forward \(evaluation mode\) failed \(KeyError: 'two'\)"):
+            shrink(network, graph, {"a": torch.arange(2)})
         assert_same(before, everything(network))
 
     def test_an_optimizer_that_breaks(self) -> None:
@@ -420,7 +421,7 @@ class TestAllOrNothing:
 
     def test_an_interrupt(self) -> None:
         def forward(net, x):
-            if len(net.a.bias) == 3:
+            if len(net.a.bias) == 2:
                 raise KeyboardInterrupt
             return net.b(F.relu(net.a(x)))
 
@@ -428,7 +429,7 @@ class TestAllOrNothing:
         graph = trace(network, inputs)
         before = everything(network)
         with pytest.raises(KeyboardInterrupt):
-            shrink(network, graph, {"a": torch.arange(3)})
+            shrink(network, graph, {"a": torch.arange(2)})
         assert_same(before, everything(network))
 
 
@@ -506,3 +507,70 @@ def test_programs_may_hand_out_less_than_they_return() -> None:
 def test_no_program_at_all() -> None:
     with pytest.raises(TraceError, match="no program"):
         trace_programs(nn.Linear(2, 2), [])
+
+
+class TestTensorsThatAreNotRegistered:
+    def test_a_plain_tensor_is_cut_along(self) -> None:
+        network = Net(lambda n, x: n.b(F.relu(n.a(x)) + n.table[0]), a=nn.Linear(4, 8), b=nn.Linear(8, 3))
+        network.table = [torch.arange(8.0)]
+        inputs = torch.randn(5, 4)
+        graph = trace(network, inputs)
+        keep = {"a": torch.tensor([1, 2, 6])}
+        masked = run(masked_copy(network, graph, keep), inputs)
+        shrink(network, graph, keep)
+        assert difference(masked, run(network, inputs)) <= 1e-6
+        assert network.table[0].tolist() == [1, 2, 6]
+
+    def test_a_cache_is_not_filled_by_tracing(self) -> None:
+        def forward(net, x):
+            net.cache.setdefault("bias", net.b.weight.detach().sum(0))
+            return net.b(F.relu(net.a(x)) + net.cache["bias"])
+
+        network = Net(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 3))
+        network.cache = {}
+        trace(network, torch.randn(5, 4))
+        assert network.cache == {}
+
+    def test_a_cache_that_a_change_of_mode_empties_is_emptied(self) -> None:
+        class Cached(Net):
+            def train(self, mode=True):
+                self.cache = {}
+                return super().train(mode)
+
+        def forward(net, x):
+            net.cache.setdefault("bias", net.scale.detach() * 2)
+            return net.b(F.relu(net.a(x)) + net.cache["bias"])
+
+        network = Cached(forward, a=nn.Linear(4, 8), scale=nn.Parameter(torch.rand(8)), b=nn.Linear(8, 3)).eval()
+        inputs = torch.randn(5, 4)
+        network(inputs)
+        graph = trace(network, inputs)
+        keep = {"a": torch.arange(5)}
+        masked = run(masked_copy(network, graph, keep), inputs)
+        shrink(network, graph, keep)
+        assert difference(masked, [network(inputs)]) <= 1e-6
+
+
+class TestSelections:
+    def test_a_network_that_picks_rows_by_their_numbers_is_cut(self) -> None:
+        def forward(net, x):
+            hidden = F.relu(net.a(x))
+            best = hidden.sum(1).topk(4).indices
+            rows = net.b(hidden[best])
+            return rows[rows[:, 0] > 0]
+
+        network = Net(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 3))
+        inputs = torch.randn(40, 4)
+        graph = trace(network, inputs)
+        assert graph.widths == {"a": 8}
+        shrink(network, graph, {"a": torch.tensor([0, 3, 4])})
+        assert network(inputs).shape[1] == 3
+
+    def test_a_number_made_from_a_size_is_still_found(self) -> None:
+        def forward(net, x):
+            hidden = F.relu(net.a(x))
+            return net.b(hidden / torch.tensor(float(hidden.shape[1])))
+
+        network = Net(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 3))
+        graph = trace(network, torch.randn(5, 4))
+        assert "a" not in graph.groups

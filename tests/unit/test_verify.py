@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_prune import ShrinkError, shrink, trace
-from lightning_prune.surgery.verify import Output, largest_difference
+from lightning_prune.surgery.verify import Observed, Output, largest_difference
 
 
 class Branching(nn.Module):
@@ -26,23 +26,23 @@ class TestDifference:
     @pytest.mark.parametrize("value", [NAN, INF, -INF])
     def test_what_is_not_finite_in_both_does_not_count(self, value):
         a, b = torch.tensor([1.0, value, 4.0]), torch.tensor([1.0, value, 4.0002])
-        assert largest_difference([Output(a, 1e-4)], [Output(b, 1e-4)]) == pytest.approx(5e-5, rel=1e-2)
+        assert largest_difference(Observed([Output(a, 1e-4)]), Observed([Output(b, 1e-4)])) == pytest.approx(5e-5, rel=1e-2)
 
     @pytest.mark.parametrize(("masked", "shrunk"), [(NAN, 1.0), (1.0, NAN), (INF, 1.0), (-INF, INF), (INF, NAN)])
     def test_what_is_not_finite_in_one_of_them_does(self, masked, shrunk):
         a, b = torch.tensor([2.0, masked]), torch.tensor([2.0, shrunk])
         with pytest.raises(ShrinkError, match="differs from the masked one"):
-            largest_difference([Output(a, 1e-4)], [Output(b, 1e-4)])
+            largest_difference(Observed([Output(a, 1e-4)]), Observed([Output(b, 1e-4)]))
 
     def test_too_large_a_difference(self):
         a, b = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 4.002])
         with pytest.raises(ShrinkError, match=r"by 0\.0005 of the largest output"):
-            largest_difference([Output(a, 1e-4)], [Output(b, 1e-4)])
+            largest_difference(Observed([Output(a, 1e-4)]), Observed([Output(b, 1e-4)]))
 
     def test_imaginary_parts_count(self):
         a, b = torch.tensor([1 + 1j]), torch.tensor([1 + 2j])
         with pytest.raises(ShrinkError, match="differs from the masked one"):
-            largest_difference([Output(a, 1e-4)], [Output(b, 1e-4)])
+            largest_difference(Observed([Output(a, 1e-4)]), Observed([Output(b, 1e-4)]))
 
     def test_a_complex_network_can_be_shrunk(self):
         model = nn.Sequential(nn.Linear(4, 8, dtype=torch.complex64), nn.Linear(8, 2, dtype=torch.complex64))
@@ -53,14 +53,14 @@ class TestDifference:
 
     def test_zeros_are_compared_absolutely(self):
         zero = Output(torch.zeros(3), 1e-4)
-        assert largest_difference([zero], [zero]) == 0
+        assert largest_difference(Observed([zero]), Observed([zero])) == 0
         with pytest.raises(ShrinkError):
-            largest_difference([zero], [Output(torch.full((3,), 0.1), 1e-4)])
+            largest_difference(Observed([zero]), Observed([Output(torch.full((3,), 0.1), 1e-4)]))
 
     def test_other_tensors_than_before(self):
         one = Output(torch.zeros(3), 1e-4)
         with pytest.raises(ShrinkError, match="hands out 2 tensors, the masked one 1"):
-            largest_difference([one], [one, one])
+            largest_difference(Observed([one]), Observed([one, one]))
 
     def test_a_network_that_hands_out_infinities_can_be_shrunk(self):
         model, inputs = Branching(), torch.randn(3, 4)

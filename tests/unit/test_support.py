@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
 
 import pytest
@@ -16,10 +15,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.two_tensor import TwoTensor
 
 from lightning_prune.errors import ConfigurationError, TraceError
-from lightning_prune.graph import program as programs_of
-from lightning_prune.graph.program import Program
+from lightning_prune.graph.program import Program, module_programs
 from lightning_prune.surgery import shrink, trace, trace_programs
 from tests.helpers import Net, difference, masked_copy, random_keep, run
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # much of what is built here is deprecated, or a prototype
 
 
 class Odd(torch.Tensor):
@@ -61,8 +61,7 @@ def assert_unchanged(before, model):
 
 def refused(model, inputs, words, error=TraceError):
     before = surface(model)
-    with warnings.catch_warnings(), pytest.raises(error, match=words):
-        warnings.simplefilter("ignore")
+    with pytest.raises(error, match=words):
         trace(model, inputs)
     assert_unchanged(before, model)
 
@@ -211,7 +210,9 @@ class TestWritesToItsParameters:
         net.a.weight.data, net.a.bias.data = flat[:32].view(8, 4), flat[32:]
         net.function = lambda n, x: (flat.mul_(0.5), forward(n, x))[1]
         before = surface(net)
-        trace(net, INPUTS)
+        for program in module_programs(net, INPUTS):
+            program.run()
+            program.run()
         assert_unchanged(before, net)
 
     @pytest.mark.parametrize("name", ["in_place", "new_data"])
@@ -239,10 +240,9 @@ class TestNothingToPrune:
     def test_no_parameters(self, net) -> None:
         refused(net, INPUTS, rf"{type(net).__name__} has no parameters, so there is nothing to prune")
 
-    @pytest.mark.parametrize("samples", [0])
-    def test_an_empty_batch(self, samples) -> None:
+    def test_an_empty_batch(self) -> None:
         words = r"forward \(evaluation mode\) runs on a batch of size 0, .* give at least one sample"
-        refused(plain(), torch.randn(samples, 4), words)
+        refused(plain(), torch.randn(0, 4), words)
 
     def test_an_empty_batch_in_a_program_of_ones_own(self) -> None:
         net = plain()
@@ -263,7 +263,7 @@ class TestDevices:
         refused(net, INPUTS, r"several devices \(0\.weight on cpu, 2\.weight on meta\): move it to a single one")
 
     def test_the_meta_device(self) -> None:
-        refused(plain().to("meta"), INPUTS, r"0\.weight is on the meta device, .* to_empty\(device=\.\.\.\)")
+        refused(plain().to("meta"), INPUTS, r"0\.weight is on the meta device, .* `to_empty\(device=\.\.\.\)`")
 
     def test_a_buffer_without_numbers(self) -> None:
         net = Net(lambda n, x: n.a(x), a=plain(), table=torch.empty(3, device="meta"))
@@ -296,7 +296,7 @@ class TestScripted:
         graph = whole(net, INPUTS)
         assert set(graph.groups) == {"0"}
         assert reasons(graph)["3.2.weight (dim 0)"].startswith("belongs to the scripted module '3'")
-        assert net[3][0].weight.shape == (8, 4)
+        assert next(net[3].parameters()).shape == (8, 4)
 
     def test_a_part_that_shares_its_weights(self) -> None:
         shared = nn.Linear(8, 8)
@@ -360,9 +360,9 @@ class TestWrapped:
     def test_sharded_parameters(self, one_process) -> None:
         from torch.distributed.tensor import distribute_module
 
-        refused_sharded = distribute_module(plain(), one_process)
+        net = distribute_module(plain(), one_process)
         with pytest.raises(TraceError, match=r"0\.weight is a DTensor, .* prune the network before it is sharded"):
-            trace(refused_sharded, INPUTS)
+            trace(net, INPUTS)
 
     def test_fully_sharded(self, one_process) -> None:
         from torch.distributed.fsdp import fully_shard
@@ -374,7 +374,6 @@ class TestWrapped:
     def test_fully_sharded_by_a_wrapper(self) -> None:
         from torch.distributed.fsdp import FullyShardedDataParallel
 
-        assert "torch.distributed.fsdp" in sys.modules
         net = nn.Sequential(plain())
         # The wrapper cannot be built without an accelerator; what is looked at is its class.
         wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
@@ -393,14 +392,21 @@ class TestUnusualTensors:
         assert before == [(name, id(tensor)) for name, tensor in net.named_parameters()]
 
     def test_a_sparse_parameter(self) -> None:
-        net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), plain())
-        net[2][2].weight = nn.Parameter(net[2][2].weight.detach().to_sparse())
+        def mix(net, x):
+            return net.c(F.relu(net.b(F.relu(torch.sparse.mm(net.weight, net.a(x).T).T))))
+
+        net = Net(mix, a=nn.Linear(4, 5), b=nn.Linear(8, 6), c=nn.Linear(6, 2))
+        net.weight = nn.Parameter(torch.randn(8, 5).to_sparse())
+        before = surface(net)
         graph = trace(net, INPUTS)
-        assert set(graph.groups) == {"0"}
-        assert reasons(graph)["2.0.weight (dim 0)"] == "is a sparse tensor (sparse_coo)"
+        assert_unchanged(before, net)
+        assert set(graph.groups) == {"b"}
+        assert reasons(graph)["weight (dim 0)"] == "is a sparse tensor (sparse_coo)"
+        with torch.no_grad():
+            net.c.weight[:, 1:] = 0
         expected = run(net, INPUTS)
-        shrink(net, graph, {"0": torch.tensor([0, 2])})
-        assert run(net, INPUTS)[0].shape == expected[0].shape
+        shrink(net, graph, {"b": torch.tensor([0])})
+        assert difference(expected, run(net, INPUTS)) < 1e-5
 
     def test_a_sparse_buffer(self) -> None:
         def propagate(net, x):
@@ -420,7 +426,7 @@ class TestUnusualTensors:
     def test_a_nested_parameter(self) -> None:
         net = plain()
         net.pieces = nn.Parameter(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
-        with pytest.raises(TraceError, match="pieces is a nested tensor, .* keep its parts as single tensors"):
+        with pytest.raises(TraceError, match=r"pieces is a nested tensor, .* keep its parts as single tensors"):
             trace(net, INPUTS)
 
     @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
@@ -449,6 +455,6 @@ def test_the_programs_of_a_good_network_leave_it_alone() -> None:
     net = plain()
     net[0].weight.grad = torch.ones(8, 4)
     before, twin = surface(net), copy.deepcopy(net)
-    for program in programs_of.module_programs(net, INPUTS):
+    for program in module_programs(net, INPUTS):
         assert torch.equal(program.run(), twin(INPUTS))
     assert_unchanged(before, net)

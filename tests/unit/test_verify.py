@@ -26,7 +26,9 @@ class TestDifference:
     @pytest.mark.parametrize("value", [NAN, INF, -INF])
     def test_what_is_not_finite_in_both_does_not_count(self, value):
         a, b = torch.tensor([1.0, value, 4.0]), torch.tensor([1.0, value, 4.0002])
-        assert largest_difference(Observed([Output(a, 1e-4)]), Observed([Output(b, 1e-4)])) == pytest.approx(5e-5, rel=1e-2)
+        assert largest_difference(Observed([Output(a, 1e-4)]), Observed([Output(b, 1e-4)])) == pytest.approx(
+            5e-5, rel=1e-2
+        )
 
     @pytest.mark.parametrize(("masked", "shrunk"), [(NAN, 1.0), (1.0, NAN), (INF, 1.0), (-INF, INF), (INF, NAN)])
     def test_what_is_not_finite_in_one_of_them_does(self, masked, shrunk):

@@ -46,10 +46,14 @@ def contract(call: Call, first: Labelled, second: Labelled, dim: int, static: tu
 
 
 def _insert(tensor: Tensor, planes: Planes, dim: int) -> Labelled:
-    shape = list(tensor.shape)
+    return _with_dim(Labelled(tuple(tensor.shape), planes), dim)
+
+
+def _with_dim(operand: Labelled, dim: int) -> Labelled:
+    shape = list(operand.shape)
     position = dim % (len(shape) + 1)
     shape.insert(position, 1)
-    return Labelled(tuple(shape), tuple(Plane(p.ids.unsqueeze(position), p.zero) for p in planes))
+    return Labelled(tuple(shape), tuple(Plane(p.ids.unsqueeze(position), p.zero) for p in operand.planes))
 
 
 def _product(call: Call, first: Tensor, second: Tensor) -> Planes:
@@ -82,22 +86,77 @@ def _add_bias(call: Call, planes: Planes, bias: Tensor, shape: tuple[int, ...] |
 
 
 def vector_product(call: Call) -> list[Planes]:
-    """``mv`` and ``dot``."""
-    matrix, vector = call.tensors
+    """``mv``, ``dot`` and ``vdot``."""
+    return [_by_vector(call, *call.tensors)]
+
+
+def add_vector_product(call: Call) -> list[Planes]:
+    """``addmv``: a product plus a bias."""
+    bias, matrix, vector = call.tensors
+    return [_add_bias(call, _by_vector(call, matrix, vector), bias)]
+
+
+def _by_vector(call: Call, matrix: Tensor, vector: Tensor) -> Planes:
     a = Labelled(tuple(matrix.shape), call.planes(matrix))
     b = Labelled(tuple(vector.shape), call.planes(vector))
     dim = matrix.dim() - 1
     lifted = tuple(Plane(p.ids.reshape((1,) * dim + (-1,)), p.zero) for p in b.planes)
     static = (call.is_static(matrix), call.is_static(vector))
     summed = contract(call, a, Labelled((1,) * dim + b.shape, lifted), dim, static)
-    return [tuple(Plane(p.ids.squeeze(dim), p.zero) for p in summed)]
+    return tuple(Plane(p.ids.squeeze(dim), p.zero) for p in summed)
+
+
+def add_outer_product(call: Call) -> list[Planes]:
+    """``addr``: an outer product plus a bias."""
+    bias, first, second = call.tensors
+    a, b = _insert(first, call.planes(first), 1), _insert(second, call.planes(second), 0)
+    product = merge(call.space, (a, b), lambda zeros: bool(zeros), (call.is_static(first), call.is_static(second)))
+    return [_add_bias(call, product, bias)]
+
+
+def three_products(call: Call) -> list[Planes]:
+    """``_trilinear``: three operands in one joint index space, multiplied, then summed over some dimensions."""
+    static = [call.is_static(tensor) for tensor in call.tensors]
+    summed = sorted(call.arguments["sumdim"])
+    operands = []
+    for number, tensor in enumerate(call.tensors, start=1):
+        operand = Labelled(tuple(tensor.shape), call.planes(tensor))
+        for dim in sorted(call.arguments[f"expand{number}"]):
+            operand = _with_dim(operand, dim)
+        operands.append(operand)
+    weights = tuple(p for operand, weight in zip(operands, static, strict=True) if weight for p in operand.planes)
+    for plane in weights:
+        mark(call.space, "consumer" if set(plane.dims) & set(summed) else "producer", (plane,))
+    product = merge(call.space, operands, lambda zeros: bool(zeros), static)
+    for dim in reversed(summed):
+        product = sum_out(call.space, product, dim, weights)
+        product = tuple(Plane(p.ids.squeeze(dim), p.zero) for p in product)
+        weights = tuple(Plane(p.ids.select(dim, 0), p.zero) for p in weights if p.ids.shape[dim] == 1)
+    return [product]
+
+
+def distance(call: Call) -> list[Planes]:
+    """``cdist``: every row minus every other one, then a norm over the last dimension."""
+    first, second = call.tensors[:2]
+    ndim = max(first.dim(), second.dim())
+    a = _insert(first, call.planes(first), first.dim() - 1)
+    b = _insert(second, call.planes(second), second.dim() - 2)
+    apart = merge(call.space, (a, b), lambda zeros: zeros == {0, 1})
+    return [tuple(Plane(p.ids.squeeze(ndim), False) for p in sum_out(call.space, apart, ndim, ()))]
 
 
 def convolution(call: Call) -> list[Planes]:
-    """Convolutions of any dimension, transposed and grouped ones too, in the space (batch, group, out, in)."""
+    """Convolutions of any dimension, transposed and grouped ones too."""
     data, weight, bias = (call.arguments[key] for key in ("input", "weight", "bias"))
-    groups, transposed = call.arguments["groups"], call.arguments["transposed"]
-    spatial, kernel = range(2, data.dim()), range(2, weight.dim())
+    planes = settle(call.space, call.planes(data), range(2, data.dim()), "varies over the image")
+    return [grouped_product(call, data, planes, weight, bias, call.arguments["groups"], call.arguments["transposed"])]
+
+
+def grouped_product(
+    call: Call, data: Tensor, planes: Planes, weight: Tensor, bias: Tensor | None, groups: int, transposed: bool
+) -> Planes:
+    """Labels of a convolution of data with labels ``planes``, found in the space (batch, group, out, in)."""
+    kernel = range(2, weight.dim())
     batch, channels = data.shape[:2]
     rows, columns = weight.shape[:2]
     per_group_in = channels // groups
@@ -115,7 +174,7 @@ def convolution(call: Call) -> list[Planes]:
             ids = reshape_ids(flat, (rows, columns), (groups, per_group_out, columns))
         return Plane(ids.unsqueeze(0), plane.zero)
 
-    image = tuple(map(joint_data, settle(call.space, call.planes(data), spatial, "varies over the image")))
+    image = tuple(map(joint_data, planes))
     filters = tuple(map(joint_weight, settle(call.space, call.planes(weight), kernel, None)))
     if groups > 1 and not any(plane.dims == (3,) for plane in image):  # then only whole groups can go
         filters = settle(call.space, filters, (2, 3) if transposed else (3,), None)
@@ -125,19 +184,21 @@ def convolution(call: Call) -> list[Planes]:
         call.space.keep_dense(plane.ids)
     summed = contract(call, a, b, 3, (call.is_static(data), call.is_static(weight)))
     out_channels = groups * per_group_out
-    ones = (1,) * len(spatial)
+    ones = (1,) * (data.dim() - 2)
     result = []
     for plane in summed:
         flat = reshape_ids(plane.ids, (batch, groups, per_group_out, 1), (batch, out_channels))
         result.append(Plane(flat.reshape(*flat.shape, *ones), plane.zero))
-    if bias is None:
-        return [tuple(result)]
-    return [_add_bias(call, tuple(result), bias, (1, out_channels, *ones))]
+    return tuple(result) if bias is None else _add_bias(call, tuple(result), bias, (1, out_channels, *ones))
 
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("mm", "bmm"), matrix_product),
     **dict.fromkeys(("addmm", "baddbmm"), add_matrix_product),
-    **dict.fromkeys(("mv", "dot"), vector_product),
+    **dict.fromkeys(("mv", "dot", "vdot"), vector_product),
+    **dict.fromkeys(("_cdist_forward", "_euclidean_dist"), distance),
+    "addmv": add_vector_product,
+    "addr": add_outer_product,
+    "_trilinear": three_products,
     **dict.fromkeys(("convolution", "_convolution"), convolution),
 }

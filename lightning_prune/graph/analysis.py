@@ -5,14 +5,25 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import TraceError
 from lightning_prune.graph.channels import ChannelGraph, ChannelGroup, Extent, Operation, Refusal, Role, Slot
-from lightning_prune.graph.labels import SOLID, Frozen, Labels, LabelSpace, Plane, compact, components, varying
+from lightning_prune.graph.labels import (
+    SOLID,
+    STATISTICS,
+    Frozen,
+    Labels,
+    LabelSpace,
+    Plane,
+    compact,
+    components,
+    varying,
+)
 from lightning_prune.graph.program import Program, loose_tensors
 from lightning_prune.graph.rehearsal import NumbersNeededError
 from lightning_prune.graph.rules import find_rule
@@ -22,6 +33,7 @@ from lightning_prune.graph.support import check_network, check_samples, left_who
 from lightning_prune.graph.tracer import Counted, Event, Labelled, Memory, Tracer, named_leaves, run_traced
 
 _ROLES: tuple[Role, ...] = ("consumer", "producer", "scale", "statistic", "bias")
+Norms = Literal["exact", "approximate"]
 Signature = tuple[tuple[int, int], ...]
 """Numbers of leaves, with the number of positions that belong to one unit."""
 
@@ -35,6 +47,7 @@ class Run(NamedTuple):
     dtypes: set[torch.dtype]
     rehearsed: bool
     selections: list[Selection]
+    handed_out: list[tuple[int, ...]]
 
 
 class Leaf(NamedTuple):
@@ -59,17 +72,19 @@ class Analysis:
     Args:
         model: The network.
         programs: The ways of running it. The first one that runs in evaluation mode is the one whose cost is counted.
+        norms: "approximate" lets channels go that are normalised over; the others are then normalised by themselves.
 
     Raises:
         TraceError: If no program runs, or the network has a lazy or non-strided parameter.
     """
 
-    def __init__(self, model: nn.Module, programs: Sequence[Program]) -> None:
+    def __init__(self, model: nn.Module, programs: Sequence[Program], norms: Norms = "exact") -> None:
         """See the class."""
         self.model = model
+        self.norms = norms
         self.tensors = named_leaves(model)
         check_network(model, self.tensors)
-        self.space = LabelSpace()
+        self.space = LabelSpace(approximate=norms == "approximate")
         self.labels = {name: self._leaf_labels(tensor) for name, tensor in self.tensors.items()}
         self.loose = {name: (tensor, self._leaf_labels(tensor)) for name, tensor in loose_tensors(model).items()}
         self.notes: list[Refusal] = []
@@ -141,7 +156,10 @@ class Analysis:
         for output in outputs:
             for plane in tracer.labels_of(output).planes:
                 self.space.frozen.append(Frozen(plane.ids.flatten(), "is an output of the network"))
-        self.runs.append(Run(program, tracer.events, tracer.counted, tracer.dtypes, rehearsing, tracer.selections.tape))
+        shapes = [tuple(output.shape) for output in outputs]
+        self.runs.append(
+            Run(program, tracer.events, tracer.counted, tracer.dtypes, rehearsing, tracer.selections.tape, shapes)
+        )
         return tracer.touched
 
     def freeze(self, roots: Tensor, reason: str) -> None:
@@ -165,7 +183,7 @@ class Analysis:
 
     def repeated(self) -> Analysis:
         """Run and solve everything anew, for a network whose weights or surroundings have moved on."""
-        anew = Analysis(self.model, [run.program for run in self.runs])
+        anew = Analysis(self.model, [run.program for run in self.runs], self.norms)
         known = sum(len(leaf.ids) for leaf in anew.leaves)  # parameters are labelled first, and always alike
         anew.space.frozen += [Frozen(f.ids[f.ids <= known], f.reason) for f in self.frozen_later]
         anew.frozen_later += self.frozen_later
@@ -232,7 +250,7 @@ class Analysis:
         families: dict[Signature, list[Tensor]] = defaultdict(list)
         for signature, units in _stretches(roots[order], self._table.leaf[order]):
             families[signature].append(units)
-        zeroed = self._marked(NEEDS_ZERO)
+        zeroed, approximate = self._marked(NEEDS_ZERO), self._marked(STATISTICS)
         roles = self._roles()
         self.groups: dict[str, ChannelGroup] = {}
         self.units: dict[str, Tensor] = {}
@@ -241,6 +259,7 @@ class Analysis:
             span = torch.arange(int(sizes[units[0]]))
             positions = self._table.position[order[starts[units, None] + span]]
             group = self._group(signature, positions, roles, bool(zeroed[unit_roots[units]].any()))
+            group = replace(group, approximate=bool(approximate[unit_roots[units]].any()))
             self.groups[group.name] = group
             self.units[group.name] = unit_roots[units]
         self.group_names = list(self.groups)

@@ -51,12 +51,15 @@ class ChannelGroup:
         off: The slots to zero in order to switch a unit off exactly: its consumers, or, where a consumer has no
             parameters, everything that makes it.
         pattern: Equal for groups of the same shape pattern (used by the isomorphic scope).
+        approximate: Whether its channels are normalised over, so that without some of them the others are normalised
+            by other statistics.
     """
 
     name: str
     slots: tuple[Slot, ...]
     off: tuple[Slot, ...]
     pattern: Hashable = None
+    approximate: bool = False
 
     @property
     def width(self) -> int:

@@ -121,8 +121,13 @@ class Frozen(NamedTuple):
 class LabelSpace:
     """Hands out labels and collects what is learnt about them: which belong together and which stay whole."""
 
-    def __init__(self) -> None:
-        """Start with the solid label only."""
+    def __init__(self, approximate: bool = False) -> None:
+        """Start with the solid label only.
+
+        Args:
+            approximate: Whether channels may go that are normalised over, which changes what they are normalised by.
+        """
+        self.approximate = approximate
         self.count = 1
         self.edges: list[tuple[Tensor, Tensor]] = []
         self.static_edges: list[tuple[Tensor, Tensor]] = []
@@ -240,6 +245,10 @@ def reshape_ids(ids: Tensor, shape_in: Sequence[int], shape_out: Sequence[int]) 
     return compact(ids.expand(expanded).reshape(pieces))
 
 
+STATISTICS = "statistics"
+"""Mark of labels that are normalised over: without them the others are normalised by something else."""
+
+
 def settle(space: LabelSpace, planes: Iterable[Plane], dims: Iterable[int], reason: str | None) -> tuple[Plane, ...]:
     """Make planes constant along some dimensions: tie them there; freeze and drop those that vary nowhere else."""
     settled, dims = [], tuple(dims)
@@ -250,3 +259,28 @@ def settle(space: LabelSpace, planes: Iterable[Plane], dims: Iterable[int], reas
         else:
             settled.append(Plane(space.tie(plane.ids, inside), plane.zero))
     return tuple(settled)
+
+
+def leave_statistics(space: LabelSpace, planes: Iterable[Plane], dims: Iterable[int], reason: str) -> tuple[Plane, ...]:
+    """Planes of what statistics are taken over along some dimensions: exact only if nothing goes along them.
+
+    Where approximate results are allowed, what lies in these dimensions may go, and the statistics go with it.
+    """
+    if not space.approximate:
+        return settle(space, planes, dims, reason)
+    dims = tuple(dims)
+    kept = []
+    for plane in planes:
+        inside = [d for d in dims if plane.ids.shape[d] > 1]
+        if inside and len(inside) < len(plane.dims):
+            plane = Plane(space.tie(plane.ids, inside), plane.zero)
+        elif inside:
+            space.mark(STATISTICS, plane.ids)
+        kept.append(plane)
+    return tuple(kept)
+
+
+def outside(planes: Iterable[Plane], dims: Iterable[int]) -> tuple[Plane, ...]:
+    """The planes that do not vary along some dimensions."""
+    dims = tuple(dims)
+    return tuple(plane for plane in planes if not any(plane.ids.shape[d] > 1 for d in dims))

@@ -6,6 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -230,11 +231,9 @@ class _Writes(TorchDispatchMode):
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at what is about to be written."""
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            for number, schema in enumerate(func._schema.arguments):
-                value = args[number] if number < len(args) else kwargs.get(schema.name)
-                if schema.alias_info is not None and schema.alias_info.is_write:
-                    self._keep(value if isinstance(value, (list, tuple)) else [value])
+        for number, name in _written_arguments(func):
+            value = args[number] if number < len(args) else kwargs.get(name)
+            self._keep(value if isinstance(value, (list, tuple)) else [value])
         return func(*args, **kwargs)
 
     def _keep(self, values: Iterable[Any]) -> None:
@@ -245,6 +244,13 @@ class _Writes(TorchDispatchMode):
                 if owner not in self._copies:
                     with _disable_current_modes():
                         self._copies[owner] = self._memory[owner].clone()
+
+
+@cache
+def _written_arguments(function: OpOverload) -> tuple[tuple[int, str], ...]:
+    """Place and name of the arguments that an operator writes to."""
+    arguments = enumerate(function._schema.arguments)
+    return tuple((n, a.name) for n, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def _check_wrapper(path: str, module: nn.Module) -> None:

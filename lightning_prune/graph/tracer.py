@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,12 @@ class Counted(NamedTuple):
     result: Labelled
 
 
-_MORE_SIZES = {"aten::native_group_norm": frozenset({"group"})}
+_SIZES = {
+    "aten::native_group_norm": frozenset({"N", "C", "HxW", "group"}),
+    "aten::convolution": frozenset({"groups"}),
+    "aten::_convolution": frozenset({"groups"}),
+}
+"""Where the schema's word (an argument is a ``SymInt``) says too little or too much."""
 _PLAIN = frozenset({bool, int, float, complex, str})
 
 
@@ -99,19 +104,31 @@ def _signature(function: OpOverload) -> _Signature:
     return _Signature(
         name if name.startswith("__") or not name.endswith("_") else name[:-1],
         {argument.name: argument.default_value for argument in schema.arguments},
-        frozenset(re.findall(r"SymInt[^ ]* (\w+)", str(schema))) | _MORE_SIZES.get(schema.name, frozenset()),
+        _SIZES.get(schema.name) or frozenset(re.findall(r"SymInt[^ ]* (\w+)", str(schema))),
     )
 
 
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
+def tensors_among(values: Iterable[Any]) -> list[Tensor]:
     """All tensors among the arguments or results of an operator, which nest lists at most."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, (list, tuple)):
-            found.extend(_tensors(value))
+            found.extend(tensors_among(value))
     return found
+
+
+def operator_name(function: OpOverload) -> str:
+    """Name of an operator without namespace and overload, an in-place one like its functional twin."""
+    return _signature(function).name
+
+
+class MakesUp(Protocol):
+    """Knows which tensors hold numbers that were made up."""
+
+    def is_made_up(self, tensor: Tensor) -> bool:
+        """Whether the numbers of a tensor come from a rehearsal."""
 
 
 class Call:
@@ -141,8 +158,8 @@ class Call:
         self.arguments: dict[str, Any] = {**signature.defaults, **dict(zip(signature.defaults, args, strict=False))}
         self.arguments.update(kwargs)
         self.args, self.kwargs = args, kwargs
-        self.tensors = [*_tensors(args), *_tensors(kwargs.values())]
-        self.outputs = _tensors((out,))
+        self.tensors = [*tensors_among(args), *tensors_among(kwargs.values())]
+        self.outputs = tensors_among((out,))
         self.labels = {id(tensor): tracer.labels_of(tensor) for tensor in self.tensors}
         self.static = all(labels.static for labels in self.labels.values())
         self.witnesses: list[Witness] = []
@@ -246,7 +263,7 @@ class Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         if not is_observed():
             return func(*args, **kwargs)
-        tensors = [*_tensors(args), *_tensors(kwargs.values())]
+        tensors = [*tensors_among(args), *tensors_among(kwargs.values())]
         if self.rehearsing and any(self.labels_of(tensor).made_up for tensor in tensors) and reads_numbers(func, args):
             raise NumbersNeededError
         static = all(self.labels_of(tensor).static for tensor in tensors)
@@ -370,7 +387,7 @@ _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 class _OneWay(TorchFunctionMode):
     """Functions that choose among kernels by strides or hardware always go the same way, in operators that are seen."""
 
-    def __init__(self, tracer: Tracer) -> None:
+    def __init__(self, tracer: MakesUp) -> None:
         super().__init__()
         self._tracer = tracer
 
@@ -397,7 +414,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 @contextmanager
-def decomposed(tracer: Tracer) -> Iterator[None]:
+def decomposed(tracer: MakesUp) -> Iterator[None]:
     """Switch off the fused kernels that hide from a tracer which operators they stand for."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -191,7 +191,8 @@ class Solver(TorchFunctionMode):
             found += [value * new // old for old, new in changes if value * new % old == 0]
             found += [value - (old - new) for old, new in changes]
             options[setting] = [v for v in dict.fromkeys(found) if v > 0 and v != value]
-        yield {setting: values[0] for setting, values in options.items() if values}
+        renamed = {setting: {new for old, new in changes if old == self.values.get(setting)} for setting in settings}
+        yield {setting: values.pop() for setting, values in renamed.items() if len(values) == 1}
         singles = [{s: v} for s, values in options.items() for v in values]
         pairs = ({**a, **b} for a, b in itertools.combinations(singles, 2) if a.keys() != b.keys())
         yield from itertools.islice(itertools.chain(singles, pairs), _MAX_ATTEMPTS)

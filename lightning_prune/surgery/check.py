@@ -23,11 +23,12 @@ class _FinalSpace(LabelSpace):
 
     Args:
         lost: For each label whether it was lost somewhere (see :class:`Expectation`).
+        approximate: As for the space of the full network.
     """
 
-    def __init__(self, lost: Tensor) -> None:
+    def __init__(self, lost: Tensor, approximate: bool) -> None:
         """See the class."""
-        super().__init__()
+        super().__init__(approximate)
         self.lost = lost
 
     def unite(self, first: Tensor, second: Tensor, static: bool = False) -> None:
@@ -159,7 +160,7 @@ class Checker(Tracer):
         for tensor, labels in (*registered, *analysis.loose.values()):
             planes = [expectation.plane(plane)[0] for plane in labels.planes]
             leaves.append((tensor, Labels(tuple(p for p in planes if p is not None), labels.static)))
-        space = _FinalSpace(expectation.lost)
+        space = _FinalSpace(expectation.lost, analysis.space.approximate)
         selections = Selections(run.selections)
         super().__init__(space, leaves, find_rule, not run.program.training, run.rehearsed, memory, selections)
         self.expectation = expectation

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.errors import ConfigurationError, ShrinkError
-from lightning_prune.graph.analysis import Analysis
+from lightning_prune.graph.analysis import Analysis, Norms
 from lightning_prune.graph.channels import ChannelGraph, ChannelGroup
-from lightning_prune.graph.program import Program, forget_caches, module_programs
+from lightning_prune.graph.program import Example, Inputs, Program, forget_caches, module_programs
 from lightning_prune.graph.tracer import named_leaves
 from lightning_prune.surgery.attributes import Setting, UnsolvedError
 from lightning_prune.surgery.resize import Cut, resize_optimizers
 from lightning_prune.surgery.transaction import applied
+from lightning_prune.surgery.trial import settle_groups
 from lightning_prune.surgery.verify import largest_difference, masked_outputs, outputs
 
 
@@ -39,13 +40,20 @@ class Shrunk:
     error: float | None = None
 
 
-def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any] | Mapping[str, Any]) -> ChannelGraph:
+def trace(
+    model: nn.Module, example_inputs: Inputs | Example, *more: Inputs | Example | Program, norms: Norms = "exact"
+) -> ChannelGraph:
     """Find the channel groups of a network by running it.
 
     Args:
         model: Any module. It is left as it was.
         example_inputs: One tensor, a sequence of positional arguments or a mapping of keyword arguments of
             ``forward``.
+        more: Further example inputs, so that what the network does with those only is seen too; an
+            :class:`~lightning_prune.graph.program.Example` names another method than ``forward``.
+        norms: "exact" keeps channels whole that a layer, group or RMS norm takes its statistics over, for without
+            them the others would be normalised by something else. "approximate" lets them go: the shrunk network then
+            equals the masked one whose norms see the kept channels only. Such groups are marked ``approximate``.
 
     Returns:
         The groups that can be cut, each proven by a trial cut that was undone, and what stays whole and why.
@@ -60,84 +68,18 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any] | Mapping[str
         >>> [(name, group.width) for name, group in graph.groups.items()]
         [('0', 8)]
     """
-    return trace_programs(model, module_programs(model, example_inputs))
+    return trace_programs(model, module_programs(model, example_inputs, more), norms)
 
 
-def trace_programs(model: nn.Module, programs: Sequence[Program]) -> ChannelGraph:
+def trace_programs(model: nn.Module, programs: Sequence[Program], norms: Norms = "exact") -> ChannelGraph:
     """Like :func:`trace`, for a network that is run by programs.
 
     Raises:
         TraceError: If no program can be run.
     """
-    analysis = Analysis(model, programs)
-    while analysis.groups:
-        kept = {name: _trial_units(units, i) for i, (name, units) in enumerate(analysis.units.items())}
-        keep = {name: units for name, units in kept.items() if len(units) < len(analysis.units[name])}
-        if not keep:
-            break
-        try:
-            with applied(analysis, keep) as transaction:
-                transaction.prove()
-                transaction.undo()
-        except UnsolvedError as problem:
-            _refuse(analysis, problem, keep)
-            continue
-        break
+    analysis = Analysis(model, programs, norms)
+    settle_groups(analysis)
     return analysis.graph()
-
-
-_TRIAL_SHARES = (0.4, 0.8, 0.6)
-
-
-def _trial_units(units: Tensor, number: int) -> Tensor:
-    """Some units of a group; another share for each group, so that sizes do not agree by chance."""
-    index = torch.arange(len(units))
-    if len(units) < 3:
-        return index[: max(len(units) - 1, 1)]
-    count = min(max(round(len(units) * _TRIAL_SHARES[number % 3]), 2), len(units) - 1)
-    return index[torch.unique(torch.linspace(0, len(units) - 1, count).long())]
-
-
-def _refuse(analysis: Analysis, problem: UnsolvedError, keep: Mapping[str, Tensor]) -> None:
-    """Keep whole a group without which the cut fails no more, or fails elsewhere."""
-    event = problem.event
-    nearby = [] if event is None else [name for name in analysis.groups_at(event) if name in keep]
-    names = nearby if nearby and _fails(analysis, keep, nearby) else list(keep)
-    culprit = _narrowed(analysis, keep, names)
-    alike = [culprit]
-    for other in analysis.events_alike(event) if event is not None and culprit in nearby else ():
-        same = [name for name in analysis.groups_at(other) if _like(analysis.groups[name], analysis.groups[culprit])]
-        alike.extend(name for name in same if name not in alike)
-    analysis.freeze(torch.cat([analysis.units[name] for name in alike]), problem.reason)
-
-
-def _like(first: ChannelGroup, second: ChannelGroup) -> bool:
-    return first.pattern == second.pattern and first.width == second.width
-
-
-def _fails(analysis: Analysis, keep: Mapping[str, Tensor], names: Sequence[str]) -> bool:
-    try:
-        with applied(analysis, {name: keep[name] for name in names}) as transaction:
-            transaction.prove()
-            transaction.undo()
-    except UnsolvedError:
-        return True
-    return False
-
-
-def _narrowed(analysis: Analysis, keep: Mapping[str, Tensor], names: Sequence[str]) -> str:
-    """One of the fewest groups that cannot be cut together: the one that costs least to keep whole."""
-    involved: list[str] = []
-    while names and not (involved and _fails(analysis, keep, involved)):
-        # The shortest beginning of the list that fails along with those involved ends in another one.
-        low, high = 1, len(names)
-        while low < high:
-            middle = (low + high) // 2
-            fails = _fails(analysis, keep, [*names[:middle], *involved])
-            low, high = (low, middle) if fails else (middle + 1, high)
-        involved.append(names[low - 1])
-        names = names[: low - 1]
-    return min(involved, key=lambda name: sum(slot.index.numel() for slot in analysis.groups[name].slots))
 
 
 def shrink(

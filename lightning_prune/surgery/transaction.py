@@ -84,12 +84,23 @@ class Transaction:
         self.settings = {s: value for s, value in values.items() if value != self.original[s]}
 
     def _follows(self, run: Run, expectation: Expectation, values: dict[Setting, int], used: set[Setting]) -> bool:
-        """Run one program; returns whether a setting was changed that the program had used before."""
+        """Run one program, anew as long as that solves settings; returns whether one was changed after its use."""
+        while True:
+            before = dict(values)
+            try:
+                return self._runs(run, expectation, values, used)
+            except UnsolvedError:
+                if values == before:
+                    raise
+
+    def _runs(self, run: Run, expectation: Expectation, values: dict[Setting, int], used: set[Setting]) -> bool:
         checker = Checker(expectation, run, self._memory)
         solver = Solver(checker, values, used)
         try:
             with symbolic(self.model, values), solver:
-                run_traced(run.program, checker)
+                outputs = run_traced(run.program, checker)
+            if [tuple(output.shape) for output in outputs] != run.handed_out:
+                raise UnsolvedError(checker.position, "an output of the network would have another shape")
             if checker.position != len(run.events):
                 raise UnsolvedError(checker.position, "the network stopped early")
         except UnsolvedError as problem:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_prune.errors import ShrinkError
-from lightning_prune.graph.analysis import Analysis
+from lightning_prune.graph.analysis import Analysis, Run
 from lightning_prune.graph.program import tensors_in
 from lightning_prune.graph.selections import Selection, Selections, SelectionsMode
 from lightning_prune.surgery.resize import Saved, replace, restore
+from lightning_prune.surgery.statistics import kept_statistics
+from lightning_prune.surgery.transaction import kept_labels
 
 _TOLERANCE = {
     torch.float64: 1e-9,
@@ -24,6 +26,9 @@ _TOLERANCE = {
     torch.complex128: 1e-9,
     torch.complex64: 1e-4,
 }
+
+
+Scales = Mapping[str, Mapping[int, Any]]
 
 
 class Output(NamedTuple):
@@ -46,13 +51,23 @@ class Observed:
     selections: list[list[Selection]] = field(default_factory=list)
 
 
-def outputs(analysis: Analysis, like: Observed | None = None) -> Observed:
+Surroundings = Callable[[Run, Selections], AbstractContextManager[None]]
+
+
+def _selections_only(run: Run, selections: Selections) -> AbstractContextManager[Any]:
+    return SelectionsMode(selections) if run.selections else nullcontext()
+
+
+def outputs(
+    analysis: Analysis, like: Observed | None = None, surroundings: Surroundings = _selections_only
+) -> Observed:
     """What the evaluation programs hand out now.
 
     Args:
         analysis: What is known of the network.
         like: What they handed out in another run whose selections are repeated: numbers that differ by rounding only
             must not pick another box or branch.
+        surroundings: What each program runs in.
 
     Raises:
         ShrinkError: If one of them cannot be run.
@@ -65,7 +80,7 @@ def outputs(analysis: Analysis, like: Observed | None = None) -> Observed:
         tape = None if like is None else like.selections[len(seen.selections)]
         selections = Selections(tape, numbers=False)
         try:
-            with SelectionsMode(selections) if run.selections else nullcontext():
+            with surroundings(run, selections):
                 result = run.program.run()
         except Exception as error:
             raise ShrinkError(f"{run.program.name} failed ({type(error).__name__}: {error})") from error
@@ -74,8 +89,13 @@ def outputs(analysis: Analysis, like: Observed | None = None) -> Observed:
     return seen
 
 
-def masked_outputs(analysis: Analysis, keep: Mapping[str, Tensor]) -> Observed:
+def masked_outputs(analysis: Analysis, keep: Mapping[str, Tensor], scales: Scales | None = None) -> Observed:
     """Outputs of the full network with the removed units switched off.
+
+    Args:
+        analysis: What is known of the network.
+        keep: Kept units (int64 indices) of each group that is cut.
+        scales: Numbers that followed the widths in the shrunk network, by program and position.
 
     Raises:
         ShrinkError: If it cannot be run so.
@@ -93,7 +113,14 @@ def masked_outputs(analysis: Analysis, keep: Mapping[str, Tensor]) -> Observed:
     try:
         for name, value in values.items():
             replace(tensors[name], value)
-        return outputs(analysis)
+        if not any(analysis.groups[name].approximate for name in keep) and not scales:
+            return outputs(analysis)
+        kept = kept_labels(analysis, keep)
+
+        def surroundings(run: Run, selections: Selections) -> AbstractContextManager[None]:
+            return kept_statistics(analysis, run, kept, (scales or {}).get(run.program.name, {}), selections)
+
+        return outputs(analysis, surroundings=surroundings)
     finally:
         restore(saved)
 

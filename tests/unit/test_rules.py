@@ -599,7 +599,7 @@ REFUSED = {
         lambda n, x: n.b(n.a(x).roll(1, 1)),
         {"a": conv(3, 8, 1), "b": conv(8, 3, 1)},
         "a.weight (dim 0)",
-        "holds other channels than those due",
+        "is rolled by a number of places",
     ),
     "layer norm": (
         lambda n, x: n.b(n.norm(n.a(x).mean((2, 3)))),
@@ -674,16 +674,16 @@ REFUSED = {
         "is mixed with random numbers",
     ),
     "an operator without a rule": (
-        lambda n, x: n.b(torch.fft.rfft2(n.a(x)).real),
+        lambda n, x: n.b(torch.linalg.qr(n.a(x)).R),
         {"a": conv(3, 8, 1), "b": conv(8, 3, 1)},
         "a.weight (dim 0)",
-        "operator aten::_fft_r2c has no rule",
+        "operator aten::linalg_qr has no rule",
     ),
     "a dimension moved in place": (
-        lambda n, x: n.b(n.a(x).mean((2, 3)).unsqueeze_(1)).squeeze(1),
+        lambda n, x: n.b(n.a(x).mean((2, 3), keepdim=True).squeeze_(3).squeeze_(2)),
         {"a": conv(3, 8, 1), "b": linear(8, 3)},
         "a.weight (dim 0)",
-        "operator aten::unsqueeze_ has no rule",
+        "loses dimensions in place",
     ),
     "a loss of features": (
         lambda n, x: F.mse_loss(n.a(x), n.b(x)),

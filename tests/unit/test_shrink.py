@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_prune.errors import ConfigurationError, ShrinkError, TraceError
 from lightning_prune.graph.channels import ChannelGraph
@@ -507,6 +507,96 @@ def test_programs_may_hand_out_less_than_they_return() -> None:
 def test_no_program_at_all() -> None:
     with pytest.raises(TraceError, match="no program"):
         trace_programs(nn.Linear(2, 2), [])
+
+
+class TestOperatorsAreTheRecordedOnes:
+    def test_stride_and_padding_are_no_widths(self) -> None:
+        """Half of stride and padding would give an image of the same size."""
+        network = nn.Sequential(
+            nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 5, stride=2, padding=2, groups=8), nn.Conv2d(8, 2, 1)
+        )
+        inputs = torch.randn(2, 3, 4, 5)
+        graph = trace(network, inputs)
+        assert graph.widths == {"0": 8}
+        keep = {"0": torch.tensor([0, 3, 4, 7])}
+        masked = run(masked_copy(network, graph, keep), inputs)
+        shrink(network, graph, keep)
+        assert difference(masked, run(network, inputs)) <= 1e-6
+        assert (network[1].stride, network[1].padding, network[1].groups) == ((2, 2), (2, 2), 4)
+
+    def test_an_output_that_loses_its_labels_keeps_its_shape(self) -> None:
+        network = Net(lambda n, x: n.b(F.relu(n.a(x))).as_subclass(Tensor), a=nn.Linear(4, 8), b=nn.Linear(8, 2))
+        assert trace(network, torch.randn(3, 4)).widths == {"a": 8}
+
+
+class TestCoupledWidths:
+    def test_a_width_that_code_takes_from_another_layer_goes_along(self) -> None:
+        """The width of the heads is taken from the stream, so heads and stream lose the same channels."""
+
+        def forward(net, x):
+            stream = net.stem(x)
+            batch, length, width = stream.shape
+            q, k, v = net.qkv(stream).reshape(batch, length, 3, net.heads, width // net.heads).permute(2, 0, 3, 1, 4)
+            mixed = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+            return net.head(stream + net.out(mixed.transpose(1, 2).reshape(batch, length, width)))
+
+        layers = {
+            "stem": nn.Linear(5, 12),
+            "qkv": nn.Linear(12, 36),
+            "out": nn.Linear(12, 12),
+            "head": nn.Linear(12, 2),
+        }
+        network, inputs = Net(forward, heads=4, **layers), torch.randn(2, 6, 5)
+        graph = trace(network, inputs)
+        assert list(graph.widths.values()) == [4]
+        keep = {name: torch.tensor([0, 2, 3]) for name in graph.groups}
+        masked = run(masked_copy(network, graph, keep), inputs)
+        shrink(network, graph, keep)
+        assert difference(masked, run(network, inputs)) <= 1e-6
+        assert (network.heads, network.stem.out_features, network.qkv.out_features) == (3, 9, 27)
+
+
+class TestApproximateNorms:
+    @pytest.mark.parametrize(
+        "norm", [nn.LayerNorm(8), nn.RMSNorm(8), nn.GroupNorm(1, 8), nn.LayerNorm([8, 4])], ids=str
+    )
+    def test_the_kept_channels_are_normalised_by_themselves(self, norm) -> None:
+        """By hand: the norm of the kept channels alone, with the kept part of its weight and bias."""
+        spatial = isinstance(norm, nn.GroupNorm) or norm.normalized_shape == (8, 4)
+        first, last = (nn.Conv1d(5, 8, 1), nn.Conv1d(8, 3, 1)) if spatial else (nn.Linear(5, 8), nn.Linear(8, 3))
+        with torch.no_grad():
+            for parameter in norm.parameters():
+                parameter.uniform_(0.5, 1.5)
+        network = nn.Sequential(first, norm, last)
+        inputs = torch.randn(2, 5, 4) if spatial else torch.randn(7, 5)
+        assert trace(network, inputs).groups == {}
+        graph = trace(network, inputs, norms="approximate")
+        assert graph.widths == {"0": 8}
+        assert graph.groups["0"].approximate
+        kept = torch.tensor([1, 2, 5])
+        part, dims = first(inputs)[:, kept], (1, 2) if spatial else (1,)
+        centred = part if isinstance(norm, nn.RMSNorm) else part - part.mean(dims, keepdim=True)
+        scaled = centred / (centred.square().mean(dims, keepdim=True) + (norm.eps or 1.2e-7)).sqrt()
+        shape = (1, 3, 1) if isinstance(norm, nn.GroupNorm) else (3, 4) if spatial else (3,)
+        weighted = scaled * norm.weight[kept].reshape(shape)
+        weighted = weighted + norm.bias[kept].reshape(shape) if hasattr(norm, "bias") else weighted
+        reads = last.weight[:, kept]
+        expected = F.conv1d(weighted, reads, last.bias) if spatial else F.linear(weighted, reads, last.bias)
+        expected = expected.detach()
+        result = shrink(network, graph, {"0": kept})
+        assert result.error <= 1e-6
+        assert difference([expected], run(network, inputs)) <= 1e-5
+
+    def test_a_wrong_part_of_the_norm_is_found(self) -> None:
+        """The proof must not take the word of the shrunk network for what was kept."""
+        network, inputs = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3)), torch.randn(7, 5)
+        graph = trace(network, inputs, norms="approximate")
+        with torch.no_grad():
+            network[1].weight.copy_(torch.arange(8.0))
+        slots = [changed(s, index=s.index.flip(0)) if s.tensor == "1.weight" else s for s in graph.groups["0"].slots]
+        graph.evidence.groups["0"] = changed(graph.groups["0"], slots=tuple(slots))
+        with pytest.raises(ShrinkError, match="differs from the masked one"):
+            shrink(network, graph, {"0": torch.tensor([0, 1, 5])})
 
 
 class TestTensorsThatAreNotRegistered:

@@ -9,7 +9,20 @@ from __future__ import annotations
 import torch
 from torch._ops import OpOverload
 
-from lightning_prune.graph.rules import contractions, creation, normalisation, pointwise, reductions, shapes
+from lightning_prune.graph.rules import (
+    contractions,
+    creation,
+    diagonals,
+    indexing,
+    normalisation,
+    pointwise,
+    recurrent,
+    reductions,
+    shapes,
+    signal,
+    vision,
+    weights,
+)
 from lightning_prune.graph.tracer import Call, Planes, Rule
 
 _USER_RULES: dict[str, Rule] = {}
@@ -20,6 +33,12 @@ _RULES: dict[str, Rule] = {
     **normalisation.RULES,
     **creation.RULES,
     **pointwise.RULES,
+    **indexing.RULES,
+    **diagonals.RULES,
+    **signal.RULES,
+    **recurrent.RULES,
+    **vision.RULES,
+    **weights.RULES,
 }
 
 
@@ -33,6 +52,8 @@ def find_rule(function: OpOverload) -> Rule:
     full_name = function._schema.name
     if full_name in _USER_RULES:
         return _USER_RULES[full_name]
+    if full_name in vision.TORCHVISION:
+        return vision.TORCHVISION[full_name]
     namespace, name = full_name.split("::")
     if namespace not in ("aten", "prims"):
         return opaque

@@ -10,9 +10,15 @@ def uniform_values(call: Call) -> list[Planes]:
     """Zeros, ones, noise: any part of them serves as well as any other."""
     result = []
     for output in call.outputs:
-        zero = not output.is_floating_point() or call.name.endswith("zeros") or call.name == "zeros_like"
+        zero = not output.is_floating_point() or call.name.endswith("zeros")
         result.append(tuple(Plane(plane.ids, zero) for plane in call.new_labels(output.shape)))
     return result
+
+
+def like(call: Call) -> list[Planes]:
+    """Zeros, ones, noise in the shape of another tensor, which they must share with it."""
+    zero = not call.outputs[0].is_floating_point() or call.name == "zeros_like"
+    return [tuple(Plane(plane.ids, zero) for plane in call.planes(call.tensors[0]))]
 
 
 def fixed_values(call: Call) -> list[Planes]:
@@ -30,14 +36,16 @@ def from_data(call: Call) -> list[Planes]:
 
 _SMALL = 64
 _UNIFORM = (
-    "zeros", "ones", "full", "empty", "rand", "randn", "zeros_like", "ones_like", "full_like", "empty_like",
-    "rand_like", "randn_like", "new_zeros", "new_ones", "new_full", "new_empty", "empty_strided", "new_empty_strided",
+    "zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty",
+    "empty_strided", "new_empty_strided",
 )  # fmt: skip
+_LIKE = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like")
 _FIXED = (
     "arange", "linspace", "eye", "scalar_tensor", "randint", "randperm", "tril_indices", "triu_indices", "one_hot",
 )  # fmt: skip
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_UNIFORM, uniform_values),
+    **dict.fromkeys(_LIKE, like),
     **dict.fromkeys(_FIXED, fixed_values),
     **dict.fromkeys(("lift_fresh", "lift_fresh_copy"), from_data),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_prune.graph.labels import Plane, reshape_ids, settle
+from lightning_prune.graph.labels import Plane, leave_statistics, outside, reshape_ids, settle
 from lightning_prune.graph.rules.pointwise import mark, merge
 from lightning_prune.graph.tracer import Call, Labelled, Planes, Rule
 
@@ -43,7 +43,7 @@ def batch_norm(call: Call) -> list[Planes]:
     planes = call.planes(data)
     if live or vectors["running_mean"] is None:
         others = [d for d in range(data.dim()) if d != 1]
-        planes = settle(call.space, planes, others, "is normalised over by live statistics")
+        planes = leave_statistics(call.space, planes, others, "is normalised over by live statistics")
     shape = tuple(n if d == 1 else 1 for d, n in enumerate(data.shape))
     merged = _affine(call, planes, shape, vectors)
     channels = tuple(Plane(p.ids.flatten(), False) for p in merged if p.dims == (1,))
@@ -55,10 +55,10 @@ def layer_norm(call: Call) -> list[Planes]:
     """Statistics over the last dimensions: channels there cannot go without changing them."""
     data, normalised = call.tensors[0], len(call.arguments["normalized_shape"])
     inner = range(data.dim() - normalised, data.dim())
-    planes = settle(call.space, call.planes(data), inner, _STATISTICS)
+    planes = leave_statistics(call.space, call.planes(data), inner, _STATISTICS)
     vectors = {key: call.arguments.get(key) for key in ("weight", "bias")}
     merged = _affine(call, planes, tuple(data.shape[-normalised:]), vectors)
-    statistics = tuple(Plane(p.ids, False) for p in planes)
+    statistics = tuple(Plane(p.ids, False) for p in outside(planes, inner))
     return [merged, *[statistics for _ in call.outputs[1:]]]
 
 
@@ -70,14 +70,15 @@ def group_norm(call: Call) -> list[Planes]:
     ones = (1,) * (data.dim() - 2)
     flat = settle(call.space, call.planes(data), range(2, data.dim()), "varies over the image")
     split = (Plane(reshape_ids(p.ids.reshape(p.ids.shape[:2]), (batch, channels), inner), p.zero) for p in flat)
-    whole = settle(call.space, split, (2,), _STATISTICS)
+    # With several groups whole ones can go, which is exact; with a single one there is nothing exact to do.
+    whole = (leave_statistics if groups == 1 else settle)(call.space, split, (2,), _STATISTICS)
     call.witness(inner, whole)
     planes = []
     for plane in whole:
         ids = reshape_ids(plane.ids, inner, (batch, channels))
         planes.append(Plane(ids.reshape(*ids.shape, *ones), plane.zero))
     vectors = {key: call.arguments.get(key) for key in ("weight", "bias")}
-    statistics = tuple(Plane(p.ids.squeeze(2), False) for p in whole)
+    statistics = tuple(Plane(p.ids.squeeze(2), False) for p in outside(whole, (2,)))
     return [_affine(call, tuple(planes), (1, channels, *ones), vectors), *[statistics for _ in call.outputs[1:]]]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_prune.graph.labels import Plane, settle
+from lightning_prune.graph.labels import STATISTICS, Plane, settle
 from lightning_prune.graph.rules.contractions import NEEDS_ZERO
 from lightning_prune.graph.rules.pointwise import merge
 from lightning_prune.graph.tracer import Call, Labelled, Planes, Rule
@@ -49,7 +49,11 @@ def reduce(call: Call) -> list[Planes]:
         inside = [d for d in plane.dims if d in dims]
         if inside and len(inside) == len(plane.dims):
             if plane.zero and ignores_zeros(call):
-                call.space.mark(NEEDS_ZERO, plane.ids)
+                if not call.static:  # a weight is zeroed where it reads the channel in any case
+                    call.space.mark(NEEDS_ZERO, plane.ids)
+                continue
+            if call.space.approximate and call.name in _STATISTICS:
+                call.space.mark(STATISTICS, plane.ids)
                 continue
             call.space.freeze(plane.ids, f"is reduced over by {call.name}")
             continue
@@ -99,15 +103,23 @@ def spatial(call: Call) -> list[Planes]:
     for other in call.tensors[1:]:
         for plane in call.planes(other):
             call.space.freeze(plane.ids, "steers a resampling")
-    return [planes for _ in call.outputs]
+    places = tuple(Plane(plane.ids, False) for plane in planes)
+    return [planes, *(places for _ in call.outputs[1:])]
 
 
+_STATISTICS = frozenset({"mean", "var", "std", "var_mean", "std_mean"})
 _REDUCTIONS = (
     "sum", "mean", "amax", "amin", "max", "min", "prod", "std", "var", "var_mean", "std_mean", "norm", "argmax",
     "argmin", "linalg_vector_norm", "any", "all", "logsumexp", "nansum", "count_nonzero", "median", "aminmax",
 )  # fmt: skip
-_ALONG = ("_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "topk", "logcumsumexp", "_safe_softmax", "argsort")
-_LOSSES = ("mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "soft_margin_loss")
+_ALONG = (
+    "_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort",
+    "argsort", "topk",
+)  # fmt: skip
+_LOSSES = (
+    "mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits",
+    "soft_margin_loss",
+)  # fmt: skip
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_REDUCTIONS, reduce),
     **dict.fromkeys(_ALONG, along),

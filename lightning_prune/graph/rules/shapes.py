@@ -176,43 +176,60 @@ def pad(call: Call) -> list[Planes]:
     return [call.planes(source)]
 
 
-def index(call: Call) -> list[Planes]:
-    """Reading by index tensors: indexed dimensions stay whole, the others move on."""
-    source, indices = _source(call), list(call.arguments["indices"])
-    indexed = [d for d, positions in enumerate(indices) if positions is not None]
-    result = []
-    for plane in settle(call.space, call.planes(source), indexed, "channels are picked by an index tensor"):
-        shape = [n if d in indexed else plane.ids.shape[d] for d, n in enumerate(source.shape)]
-        result.append(Plane(compact(call.function(plane.ids.expand(shape), indices)), plane.zero))
-    return [tuple(result)]
+def squeezed(call: Call) -> list[Planes]:
+    """Dimensions of size 1 go while the tensor stays the same tensor, whose shape before is not known any more."""
+    return call.opaque("loses dimensions in place")
 
 
-def index_along(call: Call) -> list[Planes]:
-    """``index_select`` and ``embedding``: one indexed dimension."""
+def rolled(call: Call) -> list[Planes]:
+    """Elements come in again at the other end, a number of places away that need not move with the width."""
+    source = _source(call)
+    dims = [d % source.dim() for d in call.arguments["dims"]] or range(source.dim())
+    return [settle(call.space, call.planes(source), dims, "is rolled by a number of places")]
+
+
+def strided(call: Call) -> list[Planes]:
+    """A view by strides: followed where it reshapes, or moves about inside the last dimensions only."""
     source, target = _source(call), call.outputs[0]
-    dim = _dim(call, source.dim()) if "dim" in call.arguments else 0
-    result = []
-    for plane in settle(call.space, call.planes(source), (dim,), "rows are picked by an index tensor"):
-        lead = [1] * (target.dim() - source.dim() + 1)
-        ids = plane.ids
-        shape = (*ids.shape[:dim], *lead, *ids.shape[dim + 1 :])
-        result.append(Plane(ids.reshape(shape), plane.zero))
-    return [tuple(result)]
+    if not source.is_contiguous() or source.storage_offset() != target.storage_offset():
+        call.constant("by strides of its own")
+        return call.opaque("is read by strides")
+    if target.numel() == source.numel() and target.is_contiguous():
+        call.constant("in order")
+        return reshape(call)
+    lead = 0
+    while lead < min(source.dim(), target.dim()) and _same_step(source, target, lead):
+        lead += 1
+    room = source.stride(lead - 1) if lead else source.numel()
+    reach = sum((n - 1) * step for n, step in zip(target.shape[lead:], target.stride()[lead:], strict=True))
+    if reach >= room:
+        call.constant("by strides of its own")
+        return call.opaque("is read by strides")
+    call.constant(f"inside what follows dimension {lead}")
+    planes = settle(call.space, call.planes(source), range(lead, source.dim()), "is read by strides")
+    ones = (1,) * (target.dim() - lead)
+    return [tuple(Plane(p.ids.reshape(*p.ids.shape[:lead], *ones), p.zero) for p in planes)]
+
+
+def _same_step(source: Tensor, target: Tensor, dim: int) -> bool:
+    return source.shape[dim] == target.shape[dim] and source.stride(dim) == target.stride(dim)
 
 
 _RESHAPES = (
     "view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten", "unflatten", "alias",
     "detach", "clone", "contiguous", "squeeze_copy", "expand_as", "positive",
 )  # fmt: skip
-IN_PLACE: dict[str, Rule] = dict.fromkeys(("transpose_", "t_", "swapaxes_", "swapdims_", "unsqueeze_"), turned)
+IN_PLACE: dict[str, Rule] = {
+    **dict.fromkeys(("transpose_", "t_", "swapaxes_", "swapdims_", "unsqueeze_"), turned),
+    "squeeze_": squeezed,
+}
 """Operators that give a tensor another shape while it stays the same tensor."""
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_RESHAPES, reshape),
-    **dict.fromkeys(("t", "transpose", "permute", "movedim", "swapaxes", "numpy_T"), same_place),
+    **dict.fromkeys(("t", "transpose", "permute", "movedim", "swapaxes", "numpy_T", "flip", "rot90"), same_place),
     **dict.fromkeys(("select", "unbind"), narrow_reads),
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk"), split),
-    **dict.fromkeys(("repeat", "flip", "roll", "pixel_shuffle", "pixel_unshuffle", "unfold", "im2col"), rearrange),
-    **dict.fromkeys(("index_select", "embedding"), index_along),
+    **dict.fromkeys(("repeat", "pixel_shuffle", "pixel_unshuffle", "unfold"), rearrange),
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), channel_shuffle),
     "expand": expand,
     "glu": glu,
@@ -220,5 +237,6 @@ RULES: dict[str, Rule] = {
     "cat": cat,
     "stack": stack,
     "constant_pad_nd": pad,
-    "index": index,
+    "roll": rolled,
+    "as_strided": strided,
 }

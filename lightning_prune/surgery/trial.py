@@ -1,0 +1,163 @@
+"""The trial cut: groups that the network's own code cannot follow are found, coupled or kept whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_prune.graph.analysis import Analysis
+from lightning_prune.graph.tracer import Event
+from lightning_prune.surgery.attributes import UnsolvedError
+from lightning_prune.surgery.transaction import applied
+
+_SHARES = (0.4, 0.8, 0.6)
+_NEARBY = 12
+"""Number of preceding operators among which the partner of a group is looked for."""
+Keep = Mapping[str, Tensor]
+Place = tuple[str, Event]
+
+
+def settle_groups(analysis: Analysis) -> None:
+    """Cut all groups on trial, again and again, until the network can follow; afterwards it is as it was."""
+    while analysis.groups:
+        kept = {name: _trial_units(group.width, i) for i, (name, group) in enumerate(analysis.groups.items())}
+        keep = {name: units for name, units in kept.items() if len(units) < analysis.groups[name].width}
+        problem = _problem(analysis, keep)
+        if problem is None:
+            return
+        _respond(analysis, problem, keep)
+
+
+def _trial_units(width: int, number: int) -> Tensor:
+    """Some units of a group; another share for each group, so that sizes do not agree by chance."""
+    if width < 3:
+        return torch.arange(max(width - 1, 1))
+    count = min(max(round(width * _SHARES[number % 3]), 2), width - 1)
+    return torch.linspace(0, width - 1, count).long()
+
+
+def _problem(analysis: Analysis, keep: Keep) -> UnsolvedError | None:
+    """What the network cannot follow when it is cut, if anything."""
+    if not keep:
+        return None
+    try:
+        with applied(analysis, keep) as transaction:
+            transaction.prove()
+            transaction.undo()
+    except UnsolvedError as problem:
+        return problem
+    return None
+
+
+def _respond(analysis: Analysis, problem: UnsolvedError, keep: Keep) -> None:
+    """Couple the group at fault with another one, or keep it whole."""
+    event = problem.event
+    nearby = [] if event is None else [name for name in analysis.groups_at(event) if name in keep]
+    names = nearby if nearby and _fails(analysis, keep, nearby) else list(keep)
+    culprit = _narrowed(analysis, keep, names)
+    places = [] if event is None or culprit not in nearby else _places_alike(analysis, culprit, event)
+    if not _coupled(analysis, places):
+        alike = {culprit, *(name for name, _ in places)}
+        analysis.freeze(torch.cat([analysis.units[name] for name in alike]), problem.reason)
+
+
+def _places_alike(analysis: Analysis, culprit: str, event: Event) -> list[Place]:
+    """The group at fault where it failed, and groups like it at operators that the same code ran alike."""
+    model = analysis.groups[culprit]
+    return [
+        (name, other)
+        for other in (event, *analysis.events_alike(event))
+        for name in analysis.groups_at(other)
+        if analysis.groups[name].pattern == model.pattern and analysis.groups[name].width == model.width
+    ]
+
+
+def _fails(analysis: Analysis, keep: Keep, names: Sequence[str]) -> bool:
+    return _problem(analysis, {name: keep[name] for name in names}) is not None
+
+
+def _narrowed(analysis: Analysis, keep: Keep, names: Sequence[str]) -> str:
+    """One of the fewest groups that cannot be cut together: the one that costs least to keep whole."""
+    involved: list[str] = []
+    while names and not (involved and _fails(analysis, keep, involved)):
+        # The shortest beginning of the list that fails along with those involved ends in another one.
+        low, high = 1, len(names)
+        while low < high:
+            middle = (low + high) // 2
+            fails = _fails(analysis, keep, [*names[:middle], *involved])
+            low, high = (low, middle) if fails else (middle + 1, high)
+        involved.append(names[low - 1])
+        names = names[: low - 1]
+    return min(involved, key=lambda name: sum(slot.index.numel() for slot in analysis.groups[name].slots))
+
+
+def _coupled(analysis: Analysis, places: Sequence[Place]) -> bool:
+    """Unite each group with one nearby of as many channels, if the network can follow when both lose the same.
+
+    Code that takes the width of one layer for that of another (``x.reshape(B, N, C)`` after an attention over heads)
+    works as long as the two stay equal.
+
+    Args:
+        analysis: What is known of the network.
+        places: Groups, each with an operator that could not follow.
+    """
+    for length in sorted({length for name, _ in places for length in _full_lengths(analysis, name)}, reverse=True):
+        pairs = {(name, _partner(analysis, name, event, length)) for name, event in places}
+        chosen = [(name, partner) for name, partner in pairs if partner is not None]
+        if len(chosen) < len(pairs):
+            continue
+        keep = _equal_parts(analysis, {name for pair in chosen for name in pair}, length)
+        if any(len(units) == 0 for units in keep.values()) or _problem(analysis, keep) is not None:
+            continue
+        for name, partner in chosen:
+            analysis.space.unite(_full_leaf(analysis, name, length), _full_leaf(analysis, partner, length))
+        analysis.solve()
+        return True
+    return False
+
+
+def _partner(analysis: Analysis, name: str, event: Event, length: int) -> str | None:
+    """Another group of as many channels that the operator or one shortly before it works on."""
+    for run in analysis.runs:
+        position = next((number for number, other in enumerate(run.events) if other is event), None)
+        if position is None:
+            continue
+        for near in reversed(run.events[max(position - _NEARBY, 0) : position + 1]):
+            for other in analysis.groups_at(near):
+                if other != name and length in _full_lengths(analysis, other):
+                    return other
+    return None
+
+
+def _full_lengths(analysis: Analysis, name: str) -> set[int]:
+    """Lengths of the tensor dimensions that lie wholly in a group."""
+    found = set()
+    for slot in analysis.groups[name].slots:
+        size = analysis.tensors[slot.tensor].shape[slot.dim]
+        if slot.index.numel() == size:
+            found.add(size)
+    return found
+
+
+def _full_leaf(analysis: Analysis, name: str, length: int) -> Tensor:
+    """Labels of a tensor dimension of the given length that lies wholly in a group."""
+    for slot in analysis.groups[name].slots:
+        if slot.index.numel() == analysis.tensors[slot.tensor].shape[slot.dim] == length:
+            return next(leaf.ids for leaf in analysis.leaves if (leaf.tensor, leaf.dim) == (slot.tensor, slot.dim))
+    raise KeyError(length)
+
+
+def _equal_parts(analysis: Analysis, names: Iterable[str], length: int) -> dict[str, Tensor]:
+    """Units of each group that lie in the first half of their common channels, a whole number of each."""
+    names = list(names)
+    block = math.lcm(*(length // analysis.groups[name].width for name in names))
+    count = max(length // 2 // block, 1) * block
+    parts = {}
+    for name in names:
+        roots = analysis.root(_full_leaf(analysis, name, length)[:count])
+        inside = (roots == analysis.units[name][:, None]).sum(1)
+        parts[name] = (inside == length // analysis.groups[name].width).nonzero().flatten()
+    return parts

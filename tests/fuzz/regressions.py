@@ -1,0 +1,92 @@
+"""Examples that once failed, as the fuzzer printed them."""
+
+from __future__ import annotations
+
+from tests.fuzz.architectures import Architecture, Example, Removal
+
+WRONG = [
+    # The layer under the parametrisation went on remembering the old number of inputs.
+    Example(
+        architecture=Architecture(
+            kind="vector",
+            channels=3,
+            blocks=(("linear", 4, True), ("reparametrised", 4, "spectral norm", 0)),
+            head="plain",
+            seed=7,
+        ),
+        removal=Removal(share=0.5, single=None, seed=7),
+    ),
+    Example(
+        architecture=Architecture(
+            kind="image",
+            channels=4,
+            blocks=(("linear", 6, True), ("reparametrised", 8, "spectral norm", 0)),
+            head="plain",
+            seed=8,
+        ),
+        removal=Removal(share=0.5, single=0, seed=1),
+    ),
+]
+"""Something other than an exact cut or a refusal came of these."""
+
+REFUSED_IN_SHRINK = [
+    # A magnitude per input channel: switched off through the direction, it is 0 / 0.
+    Example(
+        architecture=Architecture(
+            kind="image",
+            channels=2,
+            blocks=(("linear", 6, True), ("reparametrised", 8, "weight norm", 1)),
+            head="classifier",
+            seed=4,
+        ),
+        removal=Removal(share=0.5, single=None, seed=0),
+    ),
+    # With a single channel left, einsum takes another way than with several.
+    Example(
+        architecture=Architecture(
+            kind="sequence",
+            channels=4,
+            blocks=(("linear", 4, False), ("einsum", 8, True)),
+            head="classifier",
+            seed=6,
+        ),
+        removal=Removal(share=0.9, single=None, seed=0),
+    ),
+    Example(
+        architecture=Architecture(
+            kind="vector",
+            channels=1,
+            blocks=(("linear", 10, True), ("folded", 4, "inner", "mix inner", False)),
+            head="classifier",
+            seed=2,
+        ),
+        removal=Removal(share=0.9, single=None, seed=0),
+    ),
+    # Half of the channels, computed from their number: the halves can only be cut alike.
+    Example(
+        architecture=Architecture(
+            kind="vector",
+            channels=3,
+            blocks=(("linear", 8, False), ("sliced", "half", 5), ("linear", 8, True)),
+            head="several",
+            seed=4,
+        ),
+        removal=Removal(share=0.9, single=5, seed=7),
+    ),
+    Example(
+        architecture=Architecture(
+            kind="image",
+            channels=2,
+            blocks=(
+                ("linear", 9, True),
+                ("conv_transpose", 11, True, 3),
+                ("conv_transpose", 11, True, 2),
+                ("sliced", "half", 4),
+            ),
+            head="classifier",
+            seed=4,
+        ),
+        removal=Removal(share=0.9, single=None, seed=3),
+    ),
+]
+"""The trace offered a cut that the shrink then had to refuse."""

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from lightning_prune.errors import TraceError
 from lightning_prune.graph.channels import ChannelGraph, ChannelGroup, Extent, Operation, Refusal, Role, Slot
 from lightning_prune.graph.labels import (
+    NEVER_ZERO,
     SOLID,
     STATISTICS,
+    ZEROED,
     Frozen,
     Labels,
     LabelSpace,
@@ -252,6 +254,8 @@ class Analysis:
             families[signature].append(units)
         zeroed, approximate = self._marked(NEEDS_ZERO), self._marked(STATISTICS)
         roles = self._roles()
+        self._never_zero = self._leaves_marked(NEVER_ZERO)
+        self._zeroed = self._leaves_marked(ZEROED)
         self.groups: dict[str, ChannelGroup] = {}
         self.units: dict[str, Tensor] = {}
         for signature, members in families.items():
@@ -287,11 +291,14 @@ class Analysis:
         while name in self.groups:
             copies += 1
             name = f"{base}#{copies}"
-        readers = tuple(slot for slot in slots if slot.role == "consumer")
+        zeroable = tuple(slot for slot, (leaf, _) in zip(slots, signature, strict=True) if leaf not in self._never_zero)
+        readers = tuple(slot for slot in zeroable if slot.role == "consumer")
+        others = {id(slots[i]) for i, (leaf, _) in enumerate(signature) if leaf in self._zeroed}
+        off = tuple(slot for slot in zeroable if slot.role == "consumer" or id(slot) in others)
         pattern = tuple(
             sorted((s.role, s.dim, s.index.shape[1], tuple(self.tensors[s.tensor].shape[2:])) for s in slots)
         )
-        return ChannelGroup(name, tuple(slots), tuple(slots) if zero_all or not readers else readers, pattern)
+        return ChannelGroup(name, tuple(slots), zeroable if zero_all or not readers else off, pattern)
 
     def _roles(self) -> list[Role]:
         """The role of each leaf: as it is used itself, or else what is computed from parameters alone with it."""
@@ -316,6 +323,10 @@ class Analysis:
         if ids:
             marked[torch.cat(ids)] = True
         return marked
+
+    def _leaves_marked(self, mark: str) -> set[int]:
+        """Numbers of the leaves that have a label with a mark."""
+        return {number for number, marked in enumerate(self._leaves_with(self._marked_labels(mark))) if marked}
 
     def _leaves_with(self, labels: Tensor) -> list[bool]:
         """For each leaf whether it has one of the labels."""

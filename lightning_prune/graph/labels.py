@@ -245,6 +245,10 @@ def reshape_ids(ids: Tensor, shape_in: Sequence[int], shape_out: Sequence[int]) 
     return compact(ids.expand(expanded).reshape(pieces))
 
 
+ZEROED = "zeroed"
+"""Mark of labels of parameters whose units must be zeroed themselves: others are divided by a norm over them."""
+NEVER_ZERO = "never zero"
+"""Mark of labels of parameters whose units must not be zeroed: they are divided by their norm."""
 STATISTICS = "statistics"
 """Mark of labels that are normalised over: without them the others are normalised by something else."""
 

@@ -157,7 +157,7 @@ def _containers(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def loose_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors that modules hold as plain attributes or in containers, without having registered them: caches, mostly."""
+    """Tensors that modules hold without having registered them, as attributes or in containers: caches, mostly."""
     registered = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     found: dict[str, Tensor] = {}
     for path, module in model.named_modules():

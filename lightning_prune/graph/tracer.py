@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import itertools
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_prune.graph.labels import Labels, LabelSpace, Plane, Witness, user_line
+from lightning_prune.graph.one_way import decomposed
 from lightning_prune.graph.program import Program, is_observed, map_nested, tensors_in
-from lightning_prune.graph.rehearsal import READS_OUTSIDE, NumbersNeededError, is_costly, made_up, reads_numbers
+from lightning_prune.graph.rehearsal import NumbersNeededError, is_costly, made_up, reads_numbers
 from lightning_prune.graph.selections import Selections, is_selection
 
 LAYOUT_ONLY = frozenset({"clone", "contiguous", "detach", "alias"})
@@ -122,13 +119,6 @@ def tensors_among(values: Iterable[Any]) -> list[Tensor]:
 def operator_name(function: OpOverload) -> str:
     """Name of an operator without namespace and overload, an in-place one like its functional twin."""
     return _signature(function).name
-
-
-class MakesUp(Protocol):
-    """Knows which tensors hold numbers that were made up."""
-
-    def is_made_up(self, tensor: Tensor) -> bool:
-        """Whether the numbers of a tensor come from a rehearsal."""
 
 
 class Call:
@@ -379,52 +369,6 @@ class Tracer(TorchDispatchMode):
         arguments = map_nested(stand_in, tuple(call.args))
         made = Labelled(tuple(call.outputs[0].shape), result)
         self.counted.append(Counted(call.function._overloadpacket, arguments, made))
-
-
-_RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
-
-
-class _OneWay(TorchFunctionMode):
-    """Functions that choose among kernels by strides or hardware always go the same way, in operators that are seen."""
-
-    def __init__(self, tracer: MakesUp) -> None:
-        super().__init__()
-        self._tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace ``linear``; run recurrent layers without their fused kernel."""
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.linear and is_observed():
-            return _linear(*args, **kwargs)
-        name = getattr(func, "__name__", None)
-        if name in READS_OUTSIDE and is_observed() and self._tracer.is_made_up(args[0]):
-            raise NumbersNeededError
-        if name in _RECURRENT:
-            with torch.backends.mkldnn.flags(enabled=False):
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if weight.dim() != 2 or input.dim() < 2:
-        return torch.nn.functional.linear(input, weight, bias)
-    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-    product = rows.mm(weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
-    return product if input.dim() == 2 else product.reshape(*input.shape[:-1], weight.shape[0])
-
-
-@contextmanager
-def decomposed(tracer: MakesUp) -> Iterator[None]:
-    """Switch off the fused kernels that hide from a tracer which operators they stand for."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
-            with _OneWay(tracer), sdpa_kernel(SDPBackend.MATH):
-                yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def named_leaves(model: nn.Module) -> dict[str, Tensor]:

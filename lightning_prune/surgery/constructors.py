@@ -81,10 +81,24 @@ def _own_shapes(module: nn.Module) -> Shapes:
     own = {**module._parameters, **module._buffers}
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items() if tensor is not None}
     if is_parametrized(module):
-        for name, parametrizations in module.parametrizations.items():  # type: ignore[operator, union-attr]
-            originals = [p.shape for key, p in parametrizations._parameters.items() if key.startswith("original")]
-            if len({len(shape) for shape in originals}) == 1:
-                shapes[name] = tuple(torch.broadcast_shapes(*originals))
+        shapes.update(_parametrized_shapes(module))
+    return shapes
+
+
+def _parametrized_shapes(module: nn.Module) -> Shapes:
+    """Shapes of the tensors that a module computes from parameters; it is left as it was."""
+    shapes = {}
+    for name, parametrizations in module.parametrizations.items():  # type: ignore[operator, union-attr]
+        modes = [(part, part.training) for part in parametrizations.modules()]
+        parametrizations.train(False)  # in which none of them takes a step towards anything
+        try:
+            with torch.no_grad():
+                shapes[name] = tuple(parametrizations().shape)
+        except Exception:  # a parametrization of the user's may refuse anything; then it tells us nothing
+            continue
+        finally:
+            for part, mode in modes:
+                part.training = mode
     return shapes
 
 

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_prune.errors import ShrinkError
 from lightning_prune.graph.analysis import Analysis, Run
 from lightning_prune.graph.labels import Witness, varying
+from lightning_prune.graph.one_way import decomposed
 from lightning_prune.graph.program import is_observed, map_nested
 from lightning_prune.graph.selections import Selections, is_selection
-from lightning_prune.graph.tracer import LAYOUT_ONLY, SAME_AS_VIEW, decomposed, operator_name, tensors_among
+from lightning_prune.graph.tracer import LAYOUT_ONLY, SAME_AS_VIEW, operator_name, tensors_among
 
 _TAKES_STATISTICS = frozenset({
     "native_layer_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit", "mean", "var", "std",

@@ -13,7 +13,9 @@ from lightning_prune.graph.tracer import Event
 from lightning_prune.surgery.attributes import UnsolvedError
 from lightning_prune.surgery.transaction import applied
 
-_SHARES = (0.4, 0.8, 0.6)
+_SHARES = (0.8, 0.4)
+_CHOICES = 16
+"""Number of widths that are tried for a group, to find one that no other group has."""
 _NEARBY = 12
 """Number of preceding operators among which the partner of a group is looked for."""
 Keep = Mapping[str, Tensor]
@@ -23,20 +25,27 @@ Place = tuple[str, Event]
 def settle_groups(analysis: Analysis) -> None:
     """Cut all groups on trial, again and again, until the network can follow; afterwards it is as it was."""
     while analysis.groups:
-        kept = {name: _trial_units(group.width, i) for i, (name, group) in enumerate(analysis.groups.items())}
-        keep = {name: units for name, units in kept.items() if len(units) < analysis.groups[name].width}
+        keep = _trial_keep(analysis)
         problem = _problem(analysis, keep)
         if problem is None:
             return
         _respond(analysis, problem, keep)
 
 
-def _trial_units(width: int, number: int) -> Tensor:
-    """Some units of a group; another share for each group, so that sizes do not agree by chance."""
-    if width < 3:
-        return torch.arange(max(width - 1, 1))
-    count = min(max(round(width * _SHARES[number % 3]), 2), width - 1)
-    return torch.linspace(0, width - 1, count).long()
+def _trial_keep(analysis: Analysis) -> dict[str, Tensor]:
+    """Some units of each group, so that no two widths agree by chance that were equal before."""
+    taken: set[tuple[int, int]] = set()
+    keep = {}
+    for number, (name, group) in enumerate(sorted(analysis.groups.items(), key=lambda item: item[1].width)):
+        if group.width < 2:
+            continue
+        wanted = round(group.width * _SHARES[number % len(_SHARES)])
+        counts = sorted(range(1, group.width), key=lambda count: (count == 1, abs(count - wanted)))[:_CHOICES]
+        widths = [{(n, n * count // group.width) for n in _full_lengths(analysis, name)} for count in counts]
+        best = min(range(len(counts)), key=lambda choice: len(widths[choice] & taken))
+        taken |= widths[best]
+        keep[name] = torch.linspace(0, group.width - 1, counts[best]).long()
+    return keep
 
 
 def _problem(analysis: Analysis, keep: Keep) -> UnsolvedError | None:

@@ -24,7 +24,8 @@ def _freeze(call: Call, tensors: Sequence[Tensor | None], reason: str) -> None:
 
 def _indexed_dims(indices: Sequence[Tensor | None]) -> list[int]:
     """Dimensions that a list of index tensors uses up; a mask uses as many as it has."""
-    dims, position = [], 0
+    dims: list[int] = []
+    position = 0
     for index in indices:
         span = index.dim() if index is not None and index.dtype in _MASKS else 1
         if index is not None:
@@ -40,9 +41,9 @@ def _picked(planes: Planes, indices: Sequence[Tensor | None]) -> Planes:
         if positions is None:
             return None
         shape = (1,) * positions.dim()
-        return (
-            torch.ones(shape, dtype=torch.bool) if positions.dtype in _MASKS else torch.zeros(shape, dtype=torch.int64)
-        )
+        if positions.dtype in _MASKS:
+            return torch.ones(shape, dtype=torch.bool)
+        return torch.zeros(shape, dtype=torch.int64)
 
     places = [first(positions) for positions in indices]
     return tuple(Plane(torch.ops.aten.index.Tensor(plane.ids, places), plane.zero) for plane in planes)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.graph.labels import LabelSpace, Plane, align, varying
+from lightning_prune.graph.labels import NEVER_ZERO, LabelSpace, Plane, align, varying
 from lightning_prune.graph.program import map_nested
 from lightning_prune.graph.tracer import Call, Labelled, Planes, Rule
 
@@ -118,8 +118,18 @@ def pointwise(call: Call) -> list[Planes]:
         return [call.new_labels(output.shape) for output in call.outputs]
     _mark_roles(call)
     static = [call.is_static(tensor) for tensor in call.tensors]
-    planes = merge(call.space, operands, lambda zeros: keeps_zero(call, zeros), static)
+    divisor = _must_not_be_zero(call)
+    planes = merge(call.space, operands, lambda zeros: keeps_zero(call, zeros - divisor), static)
     return [planes for _ in call.outputs]
+
+
+def _must_not_be_zero(call: Call) -> set[int]:
+    """The divisor, where a parameter is divided by the norm of another: zero by zero would be no number."""
+    if call.name != "div" or not call.static or len(call.tensors) != 2:
+        return set()
+    for plane in call.planes(call.tensors[1]):
+        call.space.mark(NEVER_ZERO, plane.ids)
+    return {1}
 
 
 def _mark_roles(call: Call) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_prune.graph.labels import STATISTICS, Plane, settle
+from lightning_prune.graph.labels import STATISTICS, ZEROED, Plane, settle
 from lightning_prune.graph.rules.contractions import NEEDS_ZERO
 from lightning_prune.graph.rules.pointwise import merge
 from lightning_prune.graph.tracer import Call, Labelled, Planes, Rule
@@ -49,8 +49,7 @@ def reduce(call: Call) -> list[Planes]:
         inside = [d for d in plane.dims if d in dims]
         if inside and len(inside) == len(plane.dims):
             if plane.zero and ignores_zeros(call):
-                if not call.static:  # a weight is zeroed where it reads the channel in any case
-                    call.space.mark(NEEDS_ZERO, plane.ids)
+                call.space.mark(ZEROED if call.static else NEEDS_ZERO, plane.ids)
                 continue
             if call.space.approximate and call.name in _STATISTICS:
                 call.space.mark(STATISTICS, plane.ids)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lightning_prune.graph.labels import Plane, settle
-from lightning_prune.graph.rules.pointwise import mark, merge
+from lightning_prune.graph.labels import NEVER_ZERO, ZEROED, Plane, settle
+from lightning_prune.graph.rules.pointwise import merge
 from lightning_prune.graph.tracer import Call, Labelled, Planes, Rule
 
 
@@ -19,9 +19,10 @@ def weight_norm(call: Call) -> list[Planes]:
     for plane in call.planes(direction):
         inside = [d for d in plane.dims if d != dim]
         if not inside:
+            call.space.mark(NEVER_ZERO, plane.ids)
             planes.append(Plane(plane.ids, False))
         elif len(inside) == len(plane.dims) and plane.zero and call.static:
-            mark(call.space, "consumer", (plane,))
+            call.space.mark(ZEROED, plane.ids)
             planes.append(plane)
         else:
             planes.extend(settle(call.space, (plane,), inside, "is divided by a norm"))
@@ -29,7 +30,7 @@ def weight_norm(call: Call) -> list[Planes]:
         Labelled(tuple(direction.shape), tuple(planes)),
         Labelled(tuple(magnitude.shape), call.planes(magnitude)),
     )
-    result = merge(call.space, operands, lambda zeros: 0 in zeros, (call.static, call.is_static(magnitude)))
+    result = merge(call.space, operands, bool, (call.static, call.is_static(magnitude)))
     lengths = tuple(Plane(plane.ids, False) for plane in result if set(plane.dims) == {dim})
     return [result, lengths]
 

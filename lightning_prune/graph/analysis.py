@@ -159,8 +159,9 @@ class Analysis:
             for plane in tracer.labels_of(output).planes:
                 self.space.frozen.append(Frozen(plane.ids.flatten(), "is an output of the network"))
         shapes = [tuple(output.shape) for output in outputs]
+        events = next((run.events for run in self.runs if run.events == tracer.events), tracer.events)
         self.runs.append(
-            Run(program, tracer.events, tracer.counted, tracer.dtypes, rehearsing, tracer.selections.tape, shapes)
+            Run(program, events, tracer.counted, tracer.dtypes, rehearsing, tracer.selections.tape, shapes)
         )
         return tracer.touched
 

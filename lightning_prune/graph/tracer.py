@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lightning_prune.graph.labels import Labels, LabelSpace, Plane, Witness, user_line
 from lightning_prune.graph.one_way import decomposed
 from lightning_prune.graph.program import Program, is_observed, map_nested, tensors_in
-from lightning_prune.graph.rehearsal import NumbersNeededError, is_costly, made_up, reads_numbers
+from lightning_prune.graph.rehearsal import NumbersNeededError, leave_out, reads_numbers
 from lightning_prune.graph.selections import Selections, is_selection
 
 LAYOUT_ONLY = frozenset({"clone", "contiguous", "detach", "alias"})
@@ -253,29 +253,26 @@ class Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         if not is_observed():
             return func(*args, **kwargs)
-        tensors = [*tensors_among(args), *tensors_among(kwargs.values())]
-        if self.rehearsing and any(self.labels_of(tensor).made_up for tensor in tensors) and reads_numbers(func, args):
+        labels = [self.labels_of(tensor) for tensor in (*tensors_among(args), *tensors_among(kwargs.values()))]
+        static = all(known.static for known in labels)
+        unreal = any(known.made_up for known in labels)
+        if unreal and reads_numbers(func, args):
             raise NumbersNeededError
-        static = all(self.labels_of(tensor).static for tensor in tensors)
-        left_out = self.rehearsing and not static and is_costly(func)
-        if left_out:
-            result = made_up(func, args, kwargs)
+        left_out = leave_out(func, args, kwargs, unreal) if self.rehearsing and not static else None
+        if left_out is not None:
+            result = left_out.result
         elif not static and is_selection(func, args):
             result = self.selections.run(func, args, kwargs)
         else:
             result = func(*args, **kwargs)
-        self._carry(func, args, kwargs, result, left_out)
+        self._carry(Call(self, func, args, kwargs, result), unreal or left_out is not None)
         return result
 
     def is_made_up(self, tensor: Tensor) -> bool:
         """Whether the numbers of a tensor come from a rehearsal."""
         return self.labels_of(tensor).made_up
 
-    def _carry(
-        self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, left_out: bool
-    ) -> None:
-        call = Call(self, func, args, kwargs, result)
-        unreal = left_out or any(labels.made_up for labels in call.labels.values())
+    def _carry(self, call: Call, unreal: bool) -> None:
         self.touched.update(id(tensor) for tensor in call.tensors if id(tensor) in self._leaves)
         constants, sizes = call.numbers()
         outputs = self.follow(call, constants, sizes)
@@ -283,8 +280,7 @@ class Tracer(TorchDispatchMode):
             self._forget_zero(call, tensor, planes)
             self._labels[tensor] = Labels(planes, call.static, unreal)
             self.dtypes.add(tensor.dtype)
-        if func._overloadpacket in flop_registry:
-            self._count(call, outputs[0])
+        self.count(call, outputs)
 
     def follow(self, call: Call, constants: Numbers, sizes: Numbers) -> Sequence[Planes]:
         """Labels of the outputs of a call; notes what was executed."""
@@ -362,12 +358,16 @@ class Tracer(TorchDispatchMode):
                 aliased = tuple(Plane(plane.ids, False) for plane in labels.planes)
                 self._labels[alias] = labels._replace(planes=aliased)
 
-    def _count(self, call: Call, result: Planes) -> None:
+    def count(self, call: Call, outputs: Sequence[Planes]) -> None:
+        """Keep what multiplies and accumulates."""
+        if call.function._overloadpacket not in flop_registry:
+            return
+
         def stand_in(value: Any) -> Any:
             return Labelled(tuple(value.shape), call.planes(value)) if isinstance(value, Tensor) else value
 
         arguments = map_nested(stand_in, tuple(call.args))
-        made = Labelled(tuple(call.outputs[0].shape), result)
+        made = Labelled(tuple(call.outputs[0].shape), outputs[0])
         self.counted.append(Counted(call.function._overloadpacket, arguments, made))
 
 

@@ -211,6 +211,9 @@ class Checker(Tracer):
         pairs = zip(self.recorded[position].witnesses, event.witnesses, strict=True)
         return {(o, n) for old, new in pairs for o, n in zip(old.shape, new.shape, strict=True) if o != n}
 
+    def count(self, call: Call, outputs: Sequence[Planes]) -> None:
+        """What it costs is known."""
+
     def due_sizes(self, position: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
         """Lists of sizes that the recorded operator may have been given, with those that are due now."""
         event = self.expected(position)

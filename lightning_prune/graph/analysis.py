@@ -92,6 +92,7 @@ class Analysis:
         self.notes: list[Refusal] = []
         self._leave_whole()
         self.frozen_later: list[Frozen] = []
+        self.united_later: list[tuple[Tensor, Tensor]] = []
         self.runs: list[Run] = []
         self._memory: Memory = {}
         touched: set[int] = set()
@@ -184,12 +185,19 @@ class Analysis:
             if event is not model and _alike(event, model):
                 yield event
 
+    def unite(self, first: Tensor, second: Tensor) -> None:
+        """Have labels belong together after all, place by place; to be solved again."""
+        self.united_later.append((first, second))
+        self.space.unite(first, second)
+
     def repeated(self) -> Analysis:
         """Run and solve everything anew, for a network whose weights or surroundings have moved on."""
         anew = Analysis(self.model, [run.program for run in self.runs], self.norms)
         known = sum(len(leaf.ids) for leaf in anew.leaves)  # parameters are labelled first, and always alike
         anew.space.frozen += [Frozen(f.ids[f.ids <= known], f.reason) for f in self.frozen_later]
         anew.frozen_later += self.frozen_later
+        for first, second in self.united_later:
+            anew.unite(first, second)
         anew.solve()
         return anew
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_prune.errors import ConfigurationError, ShrinkError
 from lightning_prune.graph.analysis import Analysis, Norms
 from lightning_prune.graph.channels import ChannelGraph, ChannelGroup
-from lightning_prune.graph.program import Example, Inputs, Program, forget_caches, module_programs
+from lightning_prune.graph.program import Example, Inputs, Program, forget_caches, module_programs, uncollected
 from lightning_prune.graph.tracer import named_leaves
 from lightning_prune.surgery.attributes import Setting, UnsolvedError
 from lightning_prune.surgery.resize import Cut, resize_optimizers
@@ -76,9 +76,10 @@ def trace_programs(model: nn.Module, programs: Sequence[Program], norms: Norms =
     Raises:
         TraceError: If no program can be run.
     """
-    analysis = Analysis(model, programs, norms)
-    settle_groups(analysis)
-    return analysis.graph()
+    with uncollected():
+        analysis = Analysis(model, programs, norms)
+        settle_groups(analysis)
+        return analysis.graph()
 
 
 def shrink(
@@ -120,6 +121,11 @@ def shrink(
     units = _checked(model, graph, keep)
     if not units:
         return Shrunk()
+    with uncollected():
+        return _proven(graph, units, optimizers, verify)
+
+
+def _proven(graph: ChannelGraph, units: Mapping[str, Tensor], optimizers: Iterable[Optimizer], verify: bool) -> Shrunk:
     try:
         return _shrink(_evidence(graph), units, optimizers, verify)
     except UnsolvedError:
@@ -226,9 +232,9 @@ def _checked(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor]) 
     analysis = _evidence(graph)
     if analysis.model is not model:
         raise ConfigurationError("this channel graph was traced on another network")
-    present = named_leaves(model)
+    present, widths = named_leaves(model), graph.widths
     for name, extents in graph.tensors.items():
-        shape = tuple(extent.size(graph.widths) for extent in extents)
+        shape = tuple(extent.size(widths) for extent in extents)
         if present.get(name) is not analysis.tensors[name] or tuple(present[name].shape) != shape:
             raise ConfigurationError(f"{name} was changed since the network was traced; trace it again")
     checked = {name: _kept_units(graph, name, torch.as_tensor(chosen).cpu()) for name, chosen in keep.items()}

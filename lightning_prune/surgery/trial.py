@@ -122,7 +122,7 @@ def _coupled(analysis: Analysis, places: Sequence[Place]) -> bool:
         if any(len(units) == 0 for units in keep.values()) or _problem(analysis, keep) is not None:
             continue
         for name, partner in chosen:
-            analysis.space.unite(_full_leaf(analysis, name, length), _full_leaf(analysis, partner, length))
+            analysis.unite(_full_leaf(analysis, name, length), _full_leaf(analysis, partner, length))
         analysis.solve()
         return True
     return False

@@ -18,6 +18,7 @@ from lightning_prune.cost import CostModel
 from lightning_prune.demo import run_demo
 from lightning_prune.errors import ConfigurationError, PruneError
 from lightning_prune.export import FORMATS, export
+from lightning_prune.graph.analysis import Norms
 from lightning_prune.lightning_cli import PruneCLI
 from lightning_prune.probe import Probe
 from lightning_prune.report import PruneReport
@@ -71,12 +72,14 @@ def _example_input(model: nn.Module, shape: Sequence[int] | None) -> Any:
 
 def inspect_command(args: Sequence[str]) -> None:
     """Print groups, refusals and costs of a network, without training it."""
-    options = _model_parser(inspect_command.__doc__ or "").parse_args(list(args))
+    parser = _model_parser(inspect_command.__doc__ or "")
+    parser.add_argument("--norms", type=Norms, default="exact", help="as the argument of ChannelPruning")
+    options = parser.parse_args(list(args))
     model = _make_model(options.model, options.init)
     if isinstance(model, LightningModule) and options.shape is None and model.example_input_array is not None:
-        graph = trace_programs(model, Probe(None, model).programs())
+        graph = trace_programs(model, Probe(None, model).programs(), options.norms)
     else:
-        graph = trace(model, _example_input(model, options.shape))
+        graph = trace(model, _example_input(model, options.shape), norms=options.norms)
     cost = CostModel(graph, [name for name, _ in model.named_parameters()])
     rows = [("channel group", "width", "tensors")]
     rows += [(shortened(n, 60), str(g.width), str(len({s.tensor for s in g.slots}))) for n, g in graph.groups.items()]

@@ -31,6 +31,7 @@ from lightning_prune.callbacks.support import (
 from lightning_prune.checkpoint import VERSION, put_record, unwrap_hooks, wrap_hooks
 from lightning_prune.choices import unknown_name
 from lightning_prune.errors import ConfigurationError, PruneError
+from lightning_prune.graph.analysis import Norms
 from lightning_prune.probe import Probe
 from lightning_prune.reinit import Keep, Reinit, ReinitName, reinit_from
 from lightning_prune.report import PruneReport, Request
@@ -53,6 +54,7 @@ class PruningCallback(Callback, ABC):
         schedule: ScheduleName | Schedule,
         reinit: ReinitName | Reinit,
         shrink: Shrink,
+        norms: Norms,
         verify: bool,
         recalibrate: int,
         seed: int,
@@ -64,6 +66,7 @@ class PruningCallback(Callback, ABC):
         self.schedule = schedule
         self.reinit = reinit
         self.shrink = shrink
+        self.norms = norms
         self.verify = verify
         self.recalibrate = recalibrate
         self.seed = seed
@@ -72,6 +75,8 @@ class PruningCallback(Callback, ABC):
         self._reinit = reinit_from(reinit)
         if shrink not in ("rounds", "end", "never"):
             raise unknown_name("shrink", shrink, ["rounds", "end", "never"])
+        if norms not in ("exact", "approximate"):
+            raise unknown_name("norms", norms, ["exact", "approximate"])
         if recalibrate < 0:
             raise ConfigurationError(f"recalibrate is a number of batches, so at least 0, but is {recalibrate}.")
         self._record: dict[str, Any] = {}
@@ -215,7 +220,7 @@ class PruningCallback(Callback, ABC):
         assert self._probe is not None
         if pl_module.example_input_array is not None:
             self._probe.programs()[-1].run()  # says it if that does not fit
-        network = Network(trainer, pl_module, self._probe, self._record)
+        network = Network(trainer, pl_module, self._probe, self._record, self.norms)
         if not self._record:
             try:
                 self._start_record(network)

@@ -16,6 +16,7 @@ from lightning_prune.callbacks.network import Network
 from lightning_prune.choices import unknown_name
 from lightning_prune.criteria import Criterion, CriterionName, criterion_from, normalise
 from lightning_prune.errors import ConfigurationError, PruneError
+from lightning_prune.graph.analysis import Norms
 from lightning_prune.graph.channels import ChannelGroup
 from lightning_prune.reinit import Reinit, ReinitName
 from lightning_prune.schedules import Schedule, ScheduleName
@@ -50,6 +51,9 @@ class ChannelPruning(PruningCallback):
         reinit: What becomes of the weights after each round: ``"keep"``, or ``"random"``.
         shrink: Remove channels physically at each round (``"rounds"``), when training ends (``"end"``; masked until
             then), or not at all (``"never"``; nothing gets faster).
+        norms: ``"exact"`` keeps whole what a layer, group or RMS norm takes its statistics over, such as the residual
+            streams of transformers. ``"approximate"`` lets it go: the shrunk module equals the masked one whose norms
+            see the kept channels only. Training under masks (``shrink="end"``) then ends in a jump.
         verify: Whether each shrink is compared with the masked network on a real batch, and undone if it differs.
         recalibrate: Number of batches to re-estimate batch-norm statistics on after each round; 0 leaves them.
         seed: Seed of random criteria and reinitialisations.
@@ -79,12 +83,13 @@ class ChannelPruning(PruningCallback):
         min_channels: Union[int, float] = 1,  # noqa: UP007
         reinit: Union[ReinitName, Reinit] = "keep",  # noqa: UP007
         shrink: Shrink = "rounds",
+        norms: Norms = "exact",
         verify: bool = True,
         recalibrate: int = 0,
         seed: int = 0,
         directory: str | None = None,
     ) -> None:
-        super().__init__(remove, of, schedule, reinit, shrink, verify, recalibrate, seed, directory)
+        super().__init__(remove, of, schedule, reinit, shrink, norms, verify, recalibrate, seed, directory)
         if of not in ("channels", "params", "macs", "latency"):
             raise unknown_name("measure", of, ["channels", "params", "macs", "latency"])
         if scope not in ("global", "group", "isomorphic"):

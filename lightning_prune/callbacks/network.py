@@ -15,6 +15,7 @@ from lightning_prune.callbacks.support import rewrap, shadows
 from lightning_prune.checkpoint import original_settings_of, plain_settings, settings_of
 from lightning_prune.cost import CostModel, checkpoint_bytes
 from lightning_prune.errors import TraceError
+from lightning_prune.graph.analysis import Norms
 from lightning_prune.graph.program import loose_tensors
 from lightning_prune.graph.tracer import named_leaves
 from lightning_prune.masks import Masks
@@ -41,8 +42,11 @@ class Network:
         original: Width of every group before any pruning.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, probe: Probe, record: Mapping[str, Any]) -> None:
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, probe: Probe, record: Mapping[str, Any], norms: Norms
+    ) -> None:
         """Trace the module."""
+        self._norms: Norms = norms
         self._trainer = trainer
         self.module = module
         self.probe = probe
@@ -56,7 +60,7 @@ class Network:
     def _trace(self) -> None:
         """Find the channel groups of the module as it is now; all units count as kept."""
         self.tensors = named_leaves(self.module)
-        self.graph = trace_programs(self.module, self.probe.programs())
+        self.graph = trace_programs(self.module, self.probe.programs(), self._norms)
         self.masks = Masks(self.graph)
         self._cost = CostModel(self.graph, [name for name, _ in self.module.named_parameters()])
 

@@ -52,6 +52,12 @@ def _notes(record: Mapping[str, Any], network: Network) -> list[str]:
         notes.append("the fit ended before the last round of the schedule, so the budget was not reached")
     if any(not bool(mask.all()) for mask in network.masks.keep.values()):
         notes.append("masks only: nothing got smaller or faster; set shrink='end' or shrink='rounds' for that")
+    count = sum(group.approximate for group in network.graph.groups.values())
+    if count:
+        notes.append(
+            f"the channels of {count} groups are normalised over: the norms now see what is left of them, so the "
+            f"network equals the masked one only with norms taken over the kept channels (norms='approximate')"
+        )
     return notes
 
 

@@ -73,6 +73,11 @@ REFUSED_IN_SHRINK = [
         ),
         removal=Removal(share=0.9, single=5, seed=7),
     ),
+]
+"""The trace offered a cut that the shrink then had to refuse."""
+
+LATE = [
+    # The second half is read by nobody, and its size is not seen to matter as long as rounding hides it.
     Example(
         architecture=Architecture(
             kind="image",
@@ -89,4 +94,4 @@ REFUSED_IN_SHRINK = [
         removal=Removal(share=0.9, single=None, seed=3),
     ),
 ]
-"""The trace offered a cut that the shrink then had to refuse."""
+"""A cut that the trace cannot know to be impossible: it must be refused by the shrink."""

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_prune.errors import ShrinkError, TraceError
 from lightning_prune.surgery import shrink, trace
 from tests.fuzz.architectures import build, examples, inputs_of
-from tests.fuzz.regressions import REFUSED_IN_SHRINK, WRONG
+from tests.fuzz.regressions import LATE, REFUSED_IN_SHRINK, WRONG
 from tests.helpers import disagreeing_attributes, masked_copy, run
 
 EXAMPLES = int(os.environ.get("LIGHTNING_PRUNE_FUZZ_EXAMPLES", "200"))
@@ -170,7 +170,7 @@ def test_random_networks_are_exact_or_refused() -> None:
     assert seen["refused in shrink"] <= REFUSED_LATE * seen.total(), dict(seen)
 
 
-@pytest.mark.parametrize("example", WRONG, ids=range(len(WRONG)))
+@pytest.mark.parametrize("example", [*WRONG, *LATE])
 def test_what_once_went_wrong(example) -> None:
     verdict(example)
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 _LINES = 3  # lines through a tensor that together tell the positions of one dimension apart
 _ATTEMPTS = 6
+_PLACES = 64
 
 
 class NotLocatedError(Exception):
@@ -70,17 +71,27 @@ def _positions(full: Tensor, part: Tensor) -> list[Tensor] | None:
 
 
 def _anchor(full: Tensor, part: Tensor, generator: torch.Generator) -> tuple[list[int], list[int]] | None:
-    """Coordinates of one value in the original and in the pruned tensor, if it occurs once."""
+    """Coordinates of one value in the original and in the pruned tensor, if there is one place where it fits."""
     inside = [int(torch.randint(size, (1,), generator=generator)) for size in part.shape]
-    where = (full == part[tuple(inside)]).nonzero()
-    return (where[0].tolist(), inside) if len(where) == 1 else None
+    places = (full == part[tuple(inside)]).nonzero().tolist()
+    if len(places) > 1:  # among millions of values some are equal; those beside them are not
+        places = [place for place in places[:_PLACES] if _fits(full, part, place, inside)]
+    return (places[0], inside) if len(places) == 1 else None
+
+
+def _fits(full: Tensor, part: Tensor, place: list[int], inside: list[int]) -> bool:
+    return all(bool(torch.isin(_line(part, inside, d), _line(full, place, d)).all()) for d in range(full.dim()))
+
+
+def _line(tensor: Tensor, anchor: list[int], dim: int) -> Tensor:
+    return tensor[tuple(slice(None) if d == dim else at for d, at in enumerate(anchor))]
 
 
 def _key(tensor: Tensor, anchors: list[list[int]], dim: int) -> Tensor:
     """One number for each position along ``dim``, made of the values on the lines through the anchors."""
     key = torch.zeros(tensor.shape[dim], dtype=torch.float64)
     for number, anchor in enumerate(anchors):
-        line = tensor[tuple(slice(None) if d == dim else at for d, at in enumerate(anchor))]
+        line = _line(tensor, anchor, dim)
         key += (line.real if line.is_complex() else line).double() * (1 + 0.6180339887 * number)
     return key
 

@@ -1,0 +1,74 @@
+"""Pruning through norms in a whole fit."""
+
+from __future__ import annotations
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from lightning_prune import ChannelPruning, ConfigurationError, OneShot, load_pruned
+
+
+class Stream(L.LightningModule):
+    """A residual stream of 12 channels under layer norms, beside a hidden layer of 20."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(5, 12)
+        self.norm = nn.LayerNorm(12)
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
+        self.last = nn.LayerNorm(12)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        stream = self.embed(x)
+        stream = stream + self.down(torch.relu(self.up(self.norm(stream))))
+        return self.head(self.last(stream))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.cross_entropy(self(x), y)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def fitted(tmp_path, **arguments):
+    L.seed_everything(0)
+    module = Stream()
+    data = torch.utils.data.TensorDataset(torch.randn(48, 5), torch.randint(0, 3, (48,)))
+    callback = ChannelPruning(remove=0.5, of="channels", scope="group", schedule=OneShot(0.5), **arguments)
+    trainer = L.Trainer(
+        default_root_dir=tmp_path,
+        max_epochs=2,
+        callbacks=[callback],
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=8))
+    return module, callback
+
+
+def test_the_stream_stays_whole_by_default(tmp_path):
+    module, callback = fitted(tmp_path)
+    assert (module.embed.out_features, module.up.out_features) == (12, 10)
+    assert not any("normalised over" in note for note in callback.report.notes)
+
+
+@pytest.mark.parametrize("shrink", ["rounds", "end"])
+def test_the_stream_goes_where_approximate_norms_are_allowed(tmp_path, shrink):
+    module, callback = fitted(tmp_path, norms="approximate", shrink=shrink)
+    assert (module.embed.out_features, module.up.out_features) == (6, 10)
+    assert module.norm.normalized_shape == module.last.normalized_shape == (6,)
+    assert any("normalised over" in note for note in callback.report.notes)
+    again = load_pruned(next(tmp_path.rglob("pruned.ckpt")), Stream)
+    x = torch.randn(7, 5)
+    torch.testing.assert_close(again(x), module(x), rtol=0, atol=0)
+
+
+def test_the_name_is_checked():
+    with pytest.raises(ConfigurationError, match="approximate"):
+        ChannelPruning(norms="aproximate")

@@ -139,7 +139,7 @@ class Analysis:
                 self.space.frozen.append(Frozen(plane.ids.flatten(), reason))
 
     def _leaf_labels(self, tensor: Tensor) -> Labels:
-        labelled = tensor.is_floating_point() or tensor.is_complex()
+        labelled = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool
         return Labels(self.space.fresh(tensor.shape) if labelled else (), static=True)
 
     def _trace(self, program: Program) -> set[int]:

@@ -12,7 +12,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -44,8 +44,22 @@ class Symbol(int):
         operation: Function and operands that it is the result of; None for a setting.
     """
 
+    compared: ClassVar[list[tuple[Symbol, int]] | None] = None
+    """Where comparisons with symbols are noted, if anybody wants to know."""
     setting: Setting | None = None
     operation: tuple[Callable[[int, int], int], int, int] | None = None
+
+    def __eq__(self, other: object) -> bool:
+        """As for the integer."""
+        if Symbol.compared is not None and isinstance(other, int):
+            Symbol.compared.append((self, int(other)))
+        return int(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        """As for the integer."""
+        return not self == other
+
+    __hash__ = int.__hash__
 
     @classmethod
     def of(cls, setting: Setting, value: int) -> Symbol:
@@ -87,7 +101,9 @@ for _name in ("add", "sub", "mul", "floordiv", "mod"):
 
 
 def resolve(value: Any, values: Mapping[Setting, int]) -> Any:
-    """The plain value of a symbol under the given settings; anything else as it is."""
+    """The plain value of a symbol (or a slice of symbols) under the given settings; anything else as it is."""
+    if isinstance(value, slice):
+        return slice(*(resolve(part, values) for part in (value.start, value.stop, value.step)))
     return value.evaluate(values) if isinstance(value, Symbol) else value
 
 
@@ -100,6 +116,8 @@ def _symbols(values: Iterable[Any]) -> Iterator[Symbol]:
             yield from _symbols(value)
         elif isinstance(value, dict):
             yield from _symbols(value.values())
+        elif isinstance(value, slice):
+            yield from _symbols((value.start, value.stop, value.step))
 
 
 class UnsolvedError(Exception):
@@ -122,6 +140,24 @@ class UnsolvedError(Exception):
         """The recorded event where it went wrong, if there is one."""
         inside = self.run is not None and 0 <= self.position < len(self.run.events)
         return self.run.events[self.position] if self.run is not None and inside else None
+
+
+@contextmanager
+def comparisons() -> Iterator[list[tuple[Symbol, int]]]:
+    """Inside, comparisons of symbols with other integers are noted."""
+    before, Symbol.compared = Symbol.compared, []
+    try:
+        yield Symbol.compared
+    finally:
+        Symbol.compared = before
+
+
+def missed(compared: Sequence[tuple[Symbol, int]]) -> Guess:
+    """What the last setting that was found to differ from a size would have to be."""
+    for symbol, other in reversed(compared):
+        if symbol.setting is not None and int(symbol) != other > 0:
+            return {symbol.setting: other}
+    return {}
 
 
 class Solver(TorchFunctionMode):

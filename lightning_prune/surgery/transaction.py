@@ -18,7 +18,9 @@ from lightning_prune.surgery.attributes import (
     Setting,
     Solver,
     UnsolvedError,
+    comparisons,
     integer_settings,
+    missed,
     symbolic,
     write_settings,
 )
@@ -98,7 +100,7 @@ class Transaction:
         checker = Checker(expectation, run, self._memory)
         solver = Solver(checker, values, used)
         try:
-            with symbolic(self.model, values), solver:
+            with symbolic(self.model, values), comparisons() as compared, solver:
                 outputs = run_traced(run.program, checker)
             if [tuple(output.shape) for output in outputs] != run.handed_out:
                 raise UnsolvedError(checker.position, "an output of the network would have another shape")
@@ -108,6 +110,8 @@ class Transaction:
             problem.run = run
             raise
         except (Exception, NumbersNeededError) as error:
+            # The code may have checked a size against what a module remembers of it.
+            values.update({s: value for s, value in missed(compared).items() if values[s] == self.original[s]})
             unsolved = UnsolvedError(checker.position, f"{run.program.name} failed after the cut: {error}")
             unsolved.run = run
             raise unsolved from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import string
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -40,7 +40,7 @@ class _OneWay(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear and is_observed():
             return _linear(*args, **kwargs)
-        if func is torch.functional.einsum and is_observed() and len(args) == 3 and isinstance(args[0], str):
+        if func is torch.functional.einsum and is_observed() and isinstance(args[0], str) and len(args) > 2:
             return _einsum(*args)
         name = getattr(func, "__name__", None)
         if name in READS_OUTSIDE and is_observed() and self._tracer.is_made_up(args[0]):
@@ -59,18 +59,30 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return product if input.dim() == 2 else product.reshape(*input.shape[:-1], weight.shape[0])
 
 
-def _einsum(equation: str, first: Tensor, second: Tensor) -> Tensor:
-    """A product of two tensors as one batched matrix product, whether or not some sizes are 1."""
-    terms = _spelled_out(equation, (first.dim(), second.dim()))
-    a, b, output = terms
-    sizes = dict(zip(a + b, (*first.shape, *second.shape), strict=False))
-    shapes = (tuple(sizes.get(letter, 0) for letter in term) for term in (a, b))
-    fits = all(shape == tensor.shape for shape, tensor in zip(shapes, (first, second), strict=True))
+def _einsum(equation: str, *operands: Tensor) -> Tensor:
+    """A product as batched matrix products of two tensors at a time, whether or not some sizes are 1."""
+    terms = _spelled_out(equation, [operand.dim() for operand in operands])
+    inputs, output = terms[:-1], terms[-1]
+    sizes = dict(zip("".join(inputs), (n for operand in operands for n in operand.shape), strict=False))
+    shapes = [tuple(sizes.get(letter, 0) for letter in term) for term in inputs]
+    fits = [tuple(operand.shape) for operand in operands] == shapes
     distinct = all(term.isalpha() and len(set(term)) == len(term) for term in terms)
-    if not fits or not distinct or not set(a) ^ set(b) <= set(output):
-        return torch.functional.einsum(equation, first, second)
-    batch = [letter for letter in output if letter in a and letter in b]
-    summed = [letter for letter in a if letter in b and letter not in output]
+    if not fits or not distinct or not set(output) <= sizes.keys():
+        return torch.functional.einsum(equation, *operands)
+    product, letters = operands[0], inputs[0]
+    for number, (term, operand) in enumerate(zip(inputs[1:], operands[1:], strict=True), 2):
+        needed = set(output).union(*inputs[number:])
+        product, letters = _product(product, letters, operand, term, needed)
+    return product.permute([letters.index(letter) for letter in output])
+
+
+def _product(first: Tensor, a: str, second: Tensor, b: str, needed: set[str]) -> tuple[Tensor, str]:
+    """The product of two tensors, summed over the letters that nobody needs any more; its letters."""
+    first, a = _summed(first, a, needed | set(b))
+    second, b = _summed(second, b, needed | set(a))
+    sizes = {**dict(zip(a, first.shape, strict=True)), **dict(zip(b, second.shape, strict=True))}
+    batch = [letter for letter in a if letter in b and letter in needed]
+    summed = [letter for letter in a if letter in b and letter not in needed]
     left, right = ([letter for letter in term if letter not in batch + summed] for term in (a, b))
 
     def size(letters: list[str]) -> int:
@@ -81,22 +93,28 @@ def _einsum(equation: str, first: Tensor, second: Tensor) -> Tensor:
     product = torch.bmm(
         rows.reshape(size(batch), size(left), size(summed)), columns.reshape(size(batch), size(summed), size(right))
     )
-    made = batch + left + right
-    return product.reshape([sizes[letter] for letter in made]).permute([made.index(letter) for letter in output])
+    letters = batch + left + right
+    return product.reshape([sizes[letter] for letter in letters]), "".join(letters)
 
 
-def _spelled_out(equation: str, ndims: tuple[int, int]) -> list[str]:
-    """The terms of an equation of two operands, with letters for dots; an equation without an arrow stays as it is."""
-    inputs, _, output = equation.replace(" ", "").partition("->")
+def _summed(tensor: Tensor, letters: str, needed: set[str]) -> tuple[Tensor, str]:
+    dims = [dim for dim, letter in enumerate(letters) if letter not in needed]
+    if not dims:
+        return tensor, letters
+    return tensor.sum(dims), "".join(letter for letter in letters if letter in needed)
+
+
+def _spelled_out(equation: str, ndims: Sequence[int]) -> list[str]:
+    """The terms of an equation, with letters for dots; empty ones where it has no arrow or too few terms."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
+    if not arrow or len(terms) != len(ndims) or len(terms) < 2:
+        return [""] * (len(ndims) + 1)
+    counts = [n - len(term) + 3 if "..." in term else 0 for n, term in zip(ndims, terms, strict=True)]
     unused = [letter for letter in string.ascii_letters if letter not in equation]
-    counts = [n - len(term.replace("...", "")) for n, term in zip(ndims, terms, strict=False) if "..." in term]
-    dots = "".join(unused[-max(counts) :]) if counts and max(counts) > 0 else ""
-    spelled: list[str] = []
-    for term in (*terms[:2], output):
-        own = dots if term is output else dots[len(dots) - max(ndims[len(spelled)] - len(term) + 3, 0) :]
-        spelled.append(term.replace("...", own))
-    return spelled if len(terms) == 2 else ["", "", ""]
+    dots = "".join(unused[: max(counts)])
+    own = [dots[len(dots) - count :] if count > 0 else "" for count in counts]
+    return [term.replace("...", letters) for term, letters in zip((*terms, output), (*own, dots), strict=True)]
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -93,6 +93,7 @@ class Analysis:
         self._leave_whole()
         self.frozen_later: list[Frozen] = []
         self.united_later: list[tuple[Tensor, Tensor]] = []
+        self.laws: dict[Hashable, Extent] = {}
         self.runs: list[Run] = []
         self._memory: Memory = {}
         touched: set[int] = set()
@@ -198,6 +199,7 @@ class Analysis:
         anew.frozen_later += self.frozen_later
         for first, second in self.united_later:
             anew.unite(first, second)
+        anew.laws = self.laws
         anew.solve()
         return anew
 
@@ -379,12 +381,15 @@ class Analysis:
             )
         return self._counts[id(ids)]
 
-    def graph(self) -> ChannelGraph:
-        """The channel graph as it is known now."""
-        tensors = {
+    def extents(self) -> dict[str, tuple[Extent, ...]]:
+        """Shape of every parameter and buffer as a function of the group widths."""
+        return {
             name: tuple(self.extent(n, d, self.labels[name].planes) for d, n in enumerate(tensor.shape))
             for name, tensor in self.tensors.items()
         }
+
+    def graph(self) -> ChannelGraph:
+        """The channel graph as it is known now."""
         run = next((run for run in self.runs if not run.program.training), self.runs[0])
 
         def extents(value: object) -> object:
@@ -396,7 +401,7 @@ class Analysis:
             Operation(c.function, tuple(extents(a) for a in c.arguments), extents(c.result))  # type: ignore[arg-type]
             for c in run.counted
         )
-        return ChannelGraph(self.groups, self.refusals(), tensors, operations, run.program.samples, self)
+        return ChannelGraph(self.groups, self.refusals(), self.extents(), operations, run.program.samples, self)
 
 
 def _alike(first: Event, second: Event) -> bool:

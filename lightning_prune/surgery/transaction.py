@@ -65,6 +65,7 @@ class Transaction:
         self.descriptions = Descriptions(self.model)
         self.saved: list[Saved] = resize(self.tensors, self.cuts)
         self.settings: dict[Setting, int] = {}
+        self._widths = {name: len(keep.get(name, units)) for name, units in analysis.units.items()}
         self._memory: Memory = {}
 
     def prove(self) -> None:
@@ -73,7 +74,21 @@ class Transaction:
         Raises:
             UnsolvedError: If it does not.
         """
-        values = {**self.original, **self._described({})}
+        predicted = self._predicted()
+        try:
+            self._prove(predicted)
+        except UnsolvedError:
+            if not predicted:
+                raise
+            self._prove({})
+
+    def _predicted(self) -> dict[Setting, int]:
+        """What the integers must be now if they follow what they followed in the trial cut."""
+        laws = self.analysis.laws
+        return {s: laws[s].size(self._widths) for s, value in self.original.items() if s in laws and value > 0}
+
+    def _prove(self, predicted: Mapping[Setting, int]) -> None:
+        values = {**self.original, **self._described({}), **predicted}
         used: set[Setting] = set()
         expectation = Expectation(self.analysis, self.kept)
         runs = list({id(run.events): run for run in self.analysis.runs}.values())  # some programs do just the same

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_prune.graph.analysis import Analysis
+from lightning_prune.graph.channels import Extent
 from lightning_prune.graph.tracer import Event
 from lightning_prune.surgery.attributes import UnsolvedError
-from lightning_prune.surgery.transaction import applied
+from lightning_prune.surgery.transaction import Transaction, applied
 
 _SHARES = (0.8, 0.4)
 _CHOICES = 16
@@ -26,7 +28,7 @@ def settle_groups(analysis: Analysis) -> None:
     """Cut all groups on trial, again and again, until the network can follow; afterwards it is as it was."""
     while analysis.groups:
         keep = _trial_keep(analysis)
-        problem = _problem(analysis, keep)
+        problem = _problem(analysis, keep, learn=True)
         if problem is None:
             return
         _respond(analysis, problem, keep)
@@ -48,17 +50,41 @@ def _trial_keep(analysis: Analysis) -> dict[str, Tensor]:
     return keep
 
 
-def _problem(analysis: Analysis, keep: Keep) -> UnsolvedError | None:
-    """What the network cannot follow when it is cut, if anything."""
+def _problem(analysis: Analysis, keep: Keep, learn: bool = False) -> UnsolvedError | None:
+    """What the network cannot follow when it is cut, if anything; if nothing, what its integers follow is learnt."""
     if not keep:
         return None
+    extents = analysis.extents() if learn else {}  # of the tensors as they are
     try:
         with applied(analysis, keep) as transaction:
             transaction.prove()
+            if learn:
+                analysis.laws = _laws(analysis, keep, extents, transaction)
             transaction.undo()
     except UnsolvedError as problem:
         return problem
     return None
+
+
+def _laws(
+    analysis: Analysis, keep: Keep, extents: Mapping[str, Sequence[Extent]], transaction: Transaction
+) -> dict[Hashable, Extent]:
+    """Which dimension each integer that a module remembers went along with, where only one kind comes into question."""
+    full = {name: len(units) for name, units in analysis.units.items()}
+    widths = {name: len(keep.get(name, units)) for name, units in analysis.units.items()}
+    changed: dict[tuple[int, int], dict[Extent, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for tensor, shape in extents.items():
+        for extent in shape:
+            if extent.per_unit:
+                changed[extent.size(full), extent.size(widths)][extent].add(tensor)
+    laws: dict[Hashable, Extent] = {}
+    for setting, value in transaction.settings.items():
+        found = changed[transaction.original[setting], value]
+        own = [extent for extent, names in found.items() if any(n.startswith(f"{setting.module}.") for n in names)]
+        candidates = own or list(found)
+        if len(candidates) == 1:
+            laws[setting] = candidates[0]
+    return laws
 
 
 def _respond(analysis: Analysis, problem: UnsolvedError, keep: Keep) -> None:

@@ -529,6 +529,28 @@ class TestOperatorsAreTheRecordedOnes:
         assert trace(network, torch.randn(3, 4)).widths == {"a": 8}
 
 
+class TestWhatTheTrialCutTaught:
+    def test_a_number_is_right_before_it_is_used_in_a_check(self) -> None:
+        """With the old number of first channels the check would fail, and nothing but an inequality says so."""
+
+        def forward(net, x):
+            y = net.a(x)
+            if y.shape[1] - net.first <= 0:
+                raise ValueError("too few channels")
+            first, second = torch.split(y, [net.first, y.shape[1] - net.first], 1)
+            return net.b(first) + net.c(second)
+
+        network = Net(forward, first=6, a=nn.Linear(4, 36), b=nn.Linear(6, 2), c=nn.Linear(30, 2))
+        inputs = torch.randn(5, 4)
+        graph = trace(network, inputs)
+        assert sorted(graph.widths.values()) == [6, 30]
+        keep = {name: torch.arange(4 if width == 6 else 1) for name, width in graph.widths.items()}
+        masked = run(masked_copy(network, graph, keep), inputs)
+        shrink(network, graph, keep)
+        assert difference(masked, run(network, inputs)) <= 1e-6
+        assert network.first == 4
+
+
 class TestCoupledWidths:
     def test_a_width_that_code_takes_from_another_layer_goes_along(self) -> None:
         """The width of the heads is taken from the stream, so heads and stream lose the same channels."""

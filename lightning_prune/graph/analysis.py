@@ -125,6 +125,9 @@ class Analysis:
             if leaf.tensor not in self.touched:
                 self.space.frozen.append(Frozen(leaf.ids, "is not used by any program that was run"))
         self._table = _table(self.leaves)
+        self._roles = self._find_roles()
+        self._never_zero = self._leaves_marked(NEVER_ZERO)
+        self._zeroed = self._leaves_marked(ZEROED)
         self._blocks = self._dense_blocks()
         self.united = torch.arange(self.space.count)
         self._edges_solved = 0
@@ -264,16 +267,13 @@ class Analysis:
         for signature, units in _stretches(roots[order], self._table.leaf[order]):
             families[signature].append(units)
         zeroed, approximate = self._marked(NEEDS_ZERO), self._marked(STATISTICS)
-        roles = self._roles()
-        self._never_zero = self._leaves_marked(NEVER_ZERO)
-        self._zeroed = self._leaves_marked(ZEROED)
         self.groups: dict[str, ChannelGroup] = {}
         self.units: dict[str, Tensor] = {}
         for signature, members in families.items():
             units = torch.cat(members)
             span = torch.arange(int(sizes[units[0]]))
             positions = self._table.position[order[starts[units, None] + span]]
-            group = self._group(signature, positions, roles, bool(zeroed[unit_roots[units]].any()))
+            group = self._group(signature, positions, bool(zeroed[unit_roots[units]].any()))
             group = replace(group, approximate=bool(approximate[unit_roots[units]].any()))
             self.groups[group.name] = group
             self.units[group.name] = unit_roots[units]
@@ -290,11 +290,11 @@ class Analysis:
             marked[self.root(ids)] = True
         return marked
 
-    def _group(self, signature: Signature, positions: Tensor, roles: list[Role], zero_all: bool) -> ChannelGroup:
+    def _group(self, signature: Signature, positions: Tensor, zero_all: bool) -> ChannelGroup:
         slots, start = [], 0
         for number, count in signature:
             leaf = self.leaves[number]
-            slots.append(Slot(leaf.tensor, leaf.dim, positions[:, start : start + count], roles[number]))
+            slots.append(Slot(leaf.tensor, leaf.dim, positions[:, start : start + count], self._roles[number]))
             start += count
         makers = [slot for slot in slots if slot.role == "producer"] or slots
         name = base = makers[0].tensor.rpartition(".")[0] or makers[0].tensor
@@ -311,7 +311,7 @@ class Analysis:
         )
         return ChannelGroup(name, tuple(slots), zeroable if zero_all or not readers else off, pattern)
 
-    def _roles(self) -> list[Role]:
+    def _find_roles(self) -> list[Role]:
         """The role of each leaf: as it is used itself, or else what is computed from parameters alone with it."""
         static = components(self.space.count, self.space.static_edges)
         itself = {role: self._leaves_with(self._marked_labels(role)) for role in _ROLES}
@@ -347,19 +347,22 @@ class Analysis:
 
     def refusals(self) -> tuple[Refusal, ...]:
         """What stays whole, and why; one entry for everything that belongs together."""
-        reasons: dict[int, str] = {}
-        for frozen in self.space.frozen:
-            if frozen.reason is not None:
-                for root in torch.unique(self.united[frozen.ids]).tolist():
-                    reasons.setdefault(root, frozen.reason)
+        told = [frozen for frozen in self.space.frozen if frozen.reason is not None]
+        first = torch.full((self.space.count,), len(told))
+        if told:
+            labels = torch.cat([self.united[frozen.ids] for frozen in told])
+            order = torch.repeat_interleave(torch.tensor([frozen.ids.numel() for frozen in told]))
+            first.scatter_reduce_(0, labels, order, "amin")
+        whole = torch.ones(len(self.leaves), dtype=torch.bool)
+        whole[self._table.leaf[self.root(self._table.ids) != SOLID]] = False
         found: dict[int, Refusal] = {}
-        for leaf in self.leaves:
-            roots = self.united[leaf.ids]
-            if bool((self.root(leaf.ids) != SOLID).any()):
-                continue
-            known = [root for root in torch.unique(roots).tolist() if root in reasons]
-            if known and known[0] not in found:
-                found[known[0]] = Refusal(f"{leaf.tensor} (dim {leaf.dim})", reasons[known[0]])
+        for number in whole.nonzero().flatten().tolist():
+            leaf = self.leaves[number]
+            united = self.united[leaf.ids]
+            known = united[first[united] < len(told)]
+            if known.numel():
+                root = int(known.min())
+                found.setdefault(root, Refusal(f"{leaf.tensor} (dim {leaf.dim})", told[int(first[root])].reason or ""))
         return (*self.notes, *found.values())
 
     def extent(self, size: int, dim: int, planes: Sequence[Plane]) -> Extent:

@@ -114,13 +114,16 @@ def preserved(model: nn.Module, training: bool | None) -> Iterator[None]:
         model: Any module.
         training: The mode for every module of ``model``; None leaves each as it is.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    modules = list(model.modules())
+    modes = [(module, module.training) for module in modules]
     scripted = torch.jit.ScriptModule  # whose buffers live outside Python
-    registered = [(m, dict(m._buffers)) for m in model.modules() if not isinstance(m, scripted)]
+    registered = [(module, dict(module._buffers)) for module in modules if not isinstance(module, scripted)]
+    parameters = list(_own(modules, "_parameters"))
     with unobserved():
-        buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    devices = sorted({t.device.index or 0 for t in [*model.parameters(), *model.buffers()] if t.device.type == "cuda"})
+        buffers = [(buffer, buffer.detach().clone()) for buffer in _own(modules, "_buffers")]
+    gradients = [(parameter, parameter.grad) for parameter in parameters]
+    held = [*parameters, *(buffer for buffer, _ in buffers)]
+    devices = sorted({tensor.device.index or 0 for tensor in held if tensor.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices):
             for parameter, _ in gradients:
@@ -139,6 +142,16 @@ def preserved(model: nn.Module, training: bool | None) -> Iterator[None]:
             parameter.grad = gradient
         for module, mode in modes:
             module.training = mode
+
+
+def _own(modules: Iterable[nn.Module], registry: str) -> Iterator[Tensor]:
+    """What modules have registered, each tensor once."""
+    seen: set[int] = set()
+    for module in modules:
+        for tensor in getattr(module, registry).values():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor
 
 
 @contextmanager

@@ -231,6 +231,8 @@ class _Writes(TorchDispatchMode):
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at what is about to be written."""
         kwargs = kwargs or {}
+        if not func._schema.is_mutable:
+            return func(*args, **kwargs)
         for number, name in _written_arguments(func):
             value = args[number] if number < len(args) else kwargs.get(name)
             self._keep(value if isinstance(value, (list, tuple)) else [value])
@@ -304,8 +306,12 @@ def _is_packed(module: nn.Module) -> bool:
 
 def _structure(model: nn.Module) -> dict[str, object]:
     """Every sub-module and parameter by name, under all of its names."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    return {**modules, **dict(model.named_parameters(remove_duplicate=False))}
+    found: dict[str, object] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        found[path] = module
+        for name, parameter in module._parameters.items():
+            found[f"{path}.{name}" if path else name] = parameter
+    return found
 
 
 def _on_devices(model: nn.Module) -> str:

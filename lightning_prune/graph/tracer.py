@@ -250,7 +250,10 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Execute the operator, then carry the labels over."""
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # which is for the user's calls, and slow
+            return self._dispatched(func, args, kwargs or {})
+
+    def _dispatched(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         if not is_observed():
             return func(*args, **kwargs)
         labels = [self.labels_of(tensor) for tensor in (*tensors_among(args), *tensors_among(kwargs.values()))]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_prune import ChannelPruning, Linear, OneShot
 from lightning_prune.probe import Probe
@@ -22,7 +24,12 @@ FITS = {
     "latency": {"criterion": "l2", "of": "latency", "schedule": OneShot(1, "epoch")},
     "stubborn": {"criterion": "random", "of": "channels", "schedule": OneShot(3, "step")},
     "accumulated": {"criterion": "random", "of": "channels", "schedule": OneShot(0.5, "epoch")},
+    "static": {"criterion": "random", "of": "channels", "schedule": Linear(1, 5, 2, "step")},
+    "unused": {"criterion": "l2", "of": "macs", "schedule": Linear(1, 5, 2, "step")},
 }
+REDUCERS = {"static": {"static_graph": True}, "unused": {"find_unused_parameters": True}}
+RESUMED = ["random", "taylor", "end"]
+STOPPED = BATCHES // 2 + 1  # in the middle of an epoch
 
 
 class Observed(ChannelPruning):
@@ -68,15 +75,24 @@ def copied(value):
     return file
 
 
-def fit(name, **arguments):
-    """One fit; returns the module, the callback and the diary."""
+def fit(name, *callbacks, seed=0, resume_from=None, **arguments):
+    """One fit; returns the module, the callback, the diary and the Trainer."""
     pruning = (Stubborn if name == "stubborn" else Observed)(**FITS[name])
-    diary, module = Diary(pruning), small_net()
+    diary, module = Diary(pruning), small_net(seed=seed)
     accumulate = 2 if name == "accumulated" else 1
     watch = [diary] if accumulate > 1 else [Liveness(), diary]
-    used = trainer(pruning, *watch, epochs=2, accumulate_grad_batches=accumulate, **arguments)
-    used.fit(module, loader(2 * BATCHES))
+    used = trainer(pruning, *watch, *callbacks, epochs=2, accumulate_grad_batches=accumulate, **arguments)
+    used.fit(module, loader(2 * BATCHES), ckpt_path=resume_from)
     return module, pruning, diary, used
+
+
+def resumed(name, folder, **arguments):
+    """What a fit ends with that was stopped in the middle of an epoch and taken up again by a fresh module."""
+    saving = ModelCheckpoint(folder, filename=f"{name}-" + "{step}", every_n_train_steps=STOPPED, save_top_k=-1)
+    fit(name, saving, enable_checkpointing=True, strategy="ddp", devices=2)
+    file = Path(folder) / f"{name}-step={STOPPED}.ckpt"
+    module, pruning, diary, _ = fit(name, seed=5, resume_from=file, strategy="ddp", devices=2)
+    return {"pages": diary.pages, "widths": widths(module), "weights": module.state_dict(), "scores": pruning.scores}
 
 
 def uneven_latency(probe):
@@ -89,12 +105,14 @@ def main(folder):
     torch.set_num_threads(1)
     Probe.latency = uneven_latency
     for name in FITS:
-        module, pruning, diary, used = fit(name, strategy="ddp", devices=2)
+        module, pruning, diary, used = fit(name, strategy=DDPStrategy(**REDUCERS.get(name, {})), devices=2)
         assert used.world_size == 2
         result = {"pages": diary.pages, "widths": widths(module), "weights": module.state_dict()}
         result["scores"] = pruning.scores
         result["history"] = [list(entry) for entry in pruning.report.history]
         torch.save(result, Path(folder) / f"{name}-{used.global_rank}.pt")
+        if name in RESUMED:
+            torch.save(resumed(name, folder), Path(folder) / f"{name}-resumed-{used.global_rank}.pt")
 
 
 if __name__ == "__main__":

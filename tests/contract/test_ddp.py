@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.contract.ddp_fits import FITS, fit
+from tests.contract.ddp_fits import FITS, RESUMED, STOPPED, fit
 from tests.fits import equal, widths
 
 pytestmark = pytest.mark.ddp
@@ -21,9 +21,10 @@ def results(tmp_path_factory):
     """What the two processes wrote down: by name of the fit, one dict for each process."""
     folder = tmp_path_factory.mktemp("ddp")
     command = [sys.executable, "-m", "tests.contract.ddp_fits", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    return {name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)] for name in FITS}
+    names = [*FITS, *(f"{name}-resumed" for name in RESUMED)]
+    return {name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)] for name in names}
 
 
 @pytest.mark.parametrize("name", FITS)
@@ -49,3 +50,14 @@ def test_something_was_pruned(results, name):
 def test_widths_are_those_of_one_process_where_scores_depend_on_no_data(results, name):
     module, *_ = fit(name)
     assert results[name][0]["widths"] == widths(module)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_fit_of_two_processes_that_was_stopped_and_resumed_ends_like_one_that_was_not(results, name, rank):
+    whole, resumed = results[name][rank], results[f"{name}-resumed"][rank]
+    assert len(resumed["pages"]) == len(whole["pages"]) - STOPPED > 0
+    for number, (one, other) in enumerate(zip(whole["pages"][STOPPED:], resumed["pages"], strict=True)):
+        assert equal(one, other), f"they differ after batch {number} from the resume on"
+    assert whole["widths"] == resumed["widths"]
+    assert equal(whole["weights"], resumed["weights"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -227,8 +229,8 @@ def load_pruned(path: str | Path, model: type[Module] | Module, **kwargs: Any) -
         The loaded module, of the very class that was given; a given instance is that instance.
 
     Raises:
-        ConfigurationError: If the file was pruned from another network or by an incompatible version, or an argument is
-            not known.
+        ConfigurationError: If the file is damaged, was pruned from another network or by an incompatible version, or an
+            argument is not known. A given instance is then as it was.
 
     Example:
         >>> import lightning as L, tempfile, torch
@@ -250,13 +252,34 @@ def load_pruned(path: str | Path, model: type[Module] | Module, **kwargs: Any) -
                 f"{', '.join(sorted(unknown))} cannot be given when loading into an instance, which has its arguments "
                 f"already. Give its class to have it made anew."
             )
-        checkpoint = torch.load(path, map_location=kwargs.get("map_location", "cpu"), weights_only=safely)
+        checkpoint = _read(path, map_location=kwargs.get("map_location", "cpu"), weights_only=safely)
         strict = kwargs.get("strict")
         return _load_into(model, checkpoint, model.strict_loading if strict is None else strict)
     # Read here for its record alone; mapped, so that a large file is not read twice.
-    record = torch.load(path, map_location="cpu", weights_only=safely, mmap=True).get(KEY, {})
+    record = _read(path, map_location="cpu", weights_only=safely, mmap=True).get(KEY, {})
     with _resizing_load(model, record):
         return model.load_from_checkpoint(path, **kwargs)
+
+
+def _read(path: str | Path, **how: Any) -> dict[str, Any]:
+    """Read a checkpoint file whole, or say that it is not whole."""
+    try:
+        checkpoint = torch.load(path, **how)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        with open(path, "rb") as file:
+            # The table of contents comes last: a file that has one was written to its end, and the fault is another.
+            if zipfile.is_zipfile(file):
+                raise
+        raise ConfigurationError(
+            f"the checkpoint {path} is damaged: it ends before its table of contents, as a file does whose writing was "
+            f"cut short. Load an earlier checkpoint."
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ConfigurationError(
+            f"{path} is no checkpoint of a LightningModule: it holds no state_dict. A bare state dict is loaded once "
+            f'saved as torch.save({{"state_dict": ...}}, path).'
+        )
+    return checkpoint
 
 
 def _load_into(model: Module, checkpoint: dict[str, Any], strict: bool) -> Module:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from pydoc import ErrorDuringImport, locate
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from lightning_prune.choices import unknown_name
 from lightning_prune.cost import CostModel
 from lightning_prune.demo import run_demo
 from lightning_prune.errors import ConfigurationError, PruneError
-from lightning_prune.export import FORMATS, export
+from lightning_prune.export import FORMATS, export, target_of
 from lightning_prune.graph.analysis import Norms
 from lightning_prune.lightning_cli import PruneCLI
 from lightning_prune.probe import Probe
@@ -74,12 +76,13 @@ def inspect_command(args: Sequence[str]) -> None:
     """Print groups, refusals and costs of a network, without training it."""
     parser = _model_parser(inspect_command.__doc__ or "")
     parser.add_argument("--norms", type=Norms, default="exact", help="as the argument of ChannelPruning")
+    parser.add_argument("--inner", type=list[str], default=[], help="as the argument of ChannelPruning: [PATTERN,...]")
     options = parser.parse_args(list(args))
     model = _make_model(options.model, options.init)
     if isinstance(model, LightningModule) and options.shape is None and model.example_input_array is not None:
-        graph = trace_programs(model, Probe(None, model).programs(), options.norms)
+        graph = trace_programs(model, Probe(None, model).programs(), options.norms, options.inner)
     else:
-        graph = trace(model, _example_input(model, options.shape), norms=options.norms)
+        graph = trace(model, _example_input(model, options.shape), norms=options.norms, inner=options.inner)
     cost = CostModel(graph, [name for name, _ in model.named_parameters()])
     rows = [("channel group", "width", "tensors")]
     rows += [(shortened(n, 60), str(g.width), str(len({s.tensor for s in g.slots}))) for n, g in graph.groups.items()]
@@ -115,15 +118,60 @@ def export_command(args: Sequence[str]) -> None:
     parser.add_argument("checkpoint", type=str, help="a checkpoint file of that module")
     parser.add_argument("--format", type=str, default="pt2", help=f"one of {', '.join(FORMATS)}")
     parser.add_argument("--out", type=str, default=None, help="file to write; default: beside the checkpoint")
+    parser.add_argument(
+        "--dtype", type=str, default=None, help="type of an input with --shape, such as int64 of tokens"
+    )
+    parser.add_argument(
+        "--dynamic_batch", type=bool, default=True, help="leave the batch size open; else it is that of --shape"
+    )
     options = parser.parse_args(list(args))
+    checkpoint, target = Path(options.checkpoint), target_of(options.out or options.checkpoint, options.format)
+    if not checkpoint.is_file():
+        what = "is a folder, not a checkpoint file" if checkpoint.is_dir() else "does not exist"
+        raise ConfigurationError(f"the checkpoint {checkpoint} {what}")
+    if target.resolve() == checkpoint.resolve():
+        raise ConfigurationError(
+            f"the export would overwrite the checkpoint {checkpoint}; name another file with --out"
+        )
+    model = _loaded(options.model, options.init, checkpoint)
+    example = None if options.format == "state_dict" else _example_input(model, options.shape)
+    if example is not None and options.shape is not None and options.dtype is not None:
+        example = torch.zeros(options.shape, dtype=_dtype(options.dtype))
+    print(export(model, options.format, example, target, dynamic_batch=options.dynamic_batch))
+
+
+def _loaded(path: str, arguments: Mapping[str, Any], checkpoint: Path) -> LightningModule:
+    """A checkpoint in its class, made with the saved hyperparameters, or in what a function makes."""
     from lightning_prune.checkpoint import load_pruned
 
-    model = _make_model(options.model, options.init)
-    if not isinstance(model, LightningModule):
-        raise ConfigurationError(f"'{options.model}' is no LightningModule")
-    load_pruned(options.checkpoint, model)
-    example = None if options.format == "state_dict" else _example_input(model, options.shape)
-    print(export(model, options.format, example, options.out or options.checkpoint))
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        kind = locate(path)
+    except ErrorDuringImport as error:
+        raise ConfigurationError(f"cannot import '{path}': {error}") from error
+    if isinstance(kind, type) and issubclass(kind, LightningModule):
+        load = partial(load_pruned, checkpoint, kind, map_location="cpu", **arguments)
+    else:
+        made = _make_model(path, arguments)
+        if not isinstance(made, LightningModule):
+            raise ConfigurationError(f"'{path}' is no LightningModule")
+        load = partial(load_pruned, checkpoint, made)
+    try:
+        return load()
+    except PruneError:
+        raise
+    except Exception as error:
+        raise ConfigurationError(
+            f"cannot load {checkpoint} into '{path}' ({type(error).__name__}: {error}). It must be a checkpoint of "
+            f"that class; arguments that it does not hold are given with --init, such as --init '{{\"width\": 8}}'."
+        ) from error
+
+
+def _dtype(name: str) -> torch.dtype:
+    known = {n: value for n, value in vars(torch).items() if isinstance(value, torch.dtype)}
+    if name not in known:
+        raise unknown_name("dtype", name, known)
+    return known[name]
 
 
 def demo_command(args: Sequence[str]) -> None:

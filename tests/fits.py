@@ -79,6 +79,26 @@ class SmallNet(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class StiffNet(SmallNet):
+    """From some epoch on it adds an offset of fixed width behind ``net.4``, which then cannot be cut any more.
+
+    Args:
+        epoch: The first epoch in which it does.
+        rank: The only process in which it does; None for all.
+    """
+
+    def __init__(self, epoch=1, rank=None):
+        super().__init__()
+        self.stiff_from, self.stiff_rank = epoch, rank
+
+    def forward(self, images):
+        hidden = self.net[:5](images)
+        fit = self._trainer
+        if fit is not None and fit.current_epoch >= self.stiff_from and self.stiff_rank in (None, self.global_rank):
+            hidden = hidden + torch.zeros(24, 1, 1)
+        return self.net[5:](hidden)
+
+
 def images(batches=BATCHES, seed=1):
     """A data set that can be learnt a little: the label shifts the mean of the image."""
     generator = torch.Generator().manual_seed(seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from lightning_prune.callbacks.support import (
 )
 from lightning_prune.checkpoint import VERSION, put_record, unwrap_hooks, wrap_hooks
 from lightning_prune.choices import unknown_name
-from lightning_prune.errors import ConfigurationError, PruneError
+from lightning_prune.errors import BudgetError, ConfigurationError, PruneError, ShrinkError
 from lightning_prune.graph.analysis import Norms
 from lightning_prune.probe import Probe
 from lightning_prune.reinit import Keep, Reinit, ReinitName, reinit_from
@@ -59,6 +60,7 @@ class PruningCallback(Callback, ABC):
         recalibrate: int,
         seed: int,
         directory: str | None,
+        inner: Sequence[str] | None = None,
     ) -> None:
         """Check what can be checked without a network."""
         self.remove = check_fraction(remove)
@@ -71,6 +73,7 @@ class PruningCallback(Callback, ABC):
         self.recalibrate = recalibrate
         self.seed = seed
         self.directory = directory
+        self.inner = inner
         self._schedule = schedule_from(schedule)
         self._reinit = reinit_from(reinit)
         if shrink not in ("rounds", "end", "never"):
@@ -203,10 +206,8 @@ class PruningCallback(Callback, ABC):
         network.refresh()
         # What was due after the last batch had started.
         changed = self._round_if_due(trainer, last_position_of(trainer))
-        if self.shrink == "end" and network.shrink(network.masks.keep, self.verify).cuts:
-            self._note(network)
-            network.rewrap()
-            changed = True
+        if self.shrink == "end":
+            changed |= self._shrink_at_end(network)
         if changed:
             log_final_metrics(trainer, self._record["now"])
         self._report = make_report(self._record, network, Request(self.remove, self.of))
@@ -220,7 +221,7 @@ class PruningCallback(Callback, ABC):
         assert self._probe is not None
         if pl_module.example_input_array is not None:
             self._probe.programs()[-1].run()  # says it if that does not fit
-        network = Network(trainer, pl_module, self._probe, self._record, self.norms)
+        network = Network(trainer, pl_module, self._probe, self._record, self.norms, self.inner or ())
         if not self._record:
             try:
                 self._start_record(network)
@@ -260,9 +261,9 @@ class PruningCallback(Callback, ABC):
     def _round(self, trainer: Trainer, network: Network, level: float) -> None:
         """Select, mask, shrink, reinitialise, re-estimate, and take note."""
         network.refresh()
-        keep = trainer.strategy.broadcast(self.select(network, level), src=0)
+        keep = self._selected(trainer, network, level, {})
         if self.shrink == "rounds":
-            network.shrink(keep, self.verify)
+            self._shrink(trainer, network, level, keep)
         else:
             network.masks.set(keep)
             network.hold_masks()
@@ -275,6 +276,48 @@ class PruningCallback(Callback, ABC):
         removed = self._record["now"]["removed"]
         self._record["rounds"].append([trainer.current_epoch, trainer.global_step, removed])
         say(trainer, f"pruned {removed:.1%} of the {self.of} so far (epoch {trainer.current_epoch})")
+
+    def _selected(
+        self, trainer: Trainer, network: Network, level: float, otherwise: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """The units to keep; where groups that must stay put the budget out of reach, what there is otherwise."""
+        try:
+            keep: Mapping[str, Tensor] = self.select(network, level)
+        except BudgetError as problem:
+            if not network.whole:
+                raise
+            rank_zero_warn(f"with {', '.join(network.whole)} as wide as it is this round misses its budget: {problem}")
+            keep = {name: mask for name, mask in otherwise.items() if name in network.graph.groups}
+        return trainer.strategy.broadcast(keep, src=0)
+
+    def _shrink(self, trainer: Trainer, network: Network, level: float, keep: Mapping[str, Tensor]) -> None:
+        """Remove channels; where some cannot go after all, others go instead."""
+        while True:
+            try:
+                network.shrink(keep, self.verify)
+                return
+            except ShrinkError as problem:
+                if not network.give_up(problem):
+                    raise
+                rank_zero_warn(f"{problem}. Training goes on with {', '.join(problem.groups)} as wide as it is.")
+            keep = self._selected(trainer, network, level, keep)
+
+    def _shrink_at_end(self, network: Network) -> bool:
+        """Remove what is masked, as far as that is possible; whether anything has changed."""
+        before = len(network.whole)
+        while True:
+            try:
+                cuts = network.shrink(network.masks.keep, self.verify).cuts
+                break
+            except ShrinkError as problem:
+                if not network.give_up(problem):
+                    raise
+                rank_zero_warn(f"{problem}. The masked channels of {', '.join(problem.groups)} stay, as zeros.")
+        if not cuts and len(network.whole) == before:
+            return False
+        self._note(network)
+        network.rewrap()
+        return True
 
     def _reinitialise(self, network: Network) -> None:
         if isinstance(self._reinit, Keep):

@@ -53,7 +53,10 @@ class ChannelPruning(PruningCallback):
             then), or not at all (``"never"``; nothing gets faster).
         norms: ``"exact"`` keeps whole what a layer, group or RMS norm takes its statistics over, such as the residual
             streams of transformers. ``"approximate"`` lets it go: the shrunk module equals the masked one whose norms
-            see the kept channels only. Training under masks (``shrink="end"``) then ends in a jump.
+            see the kept channels only, and whose attention scales by the kept width of a head where it computes that
+            scale. Training under masks (``shrink="end"``) then ends in a jump.
+        inner: Patterns of the names of modules (or tensors) that make the queries, keys or values of attention heads,
+            or other channels in equal blocks: equal positions of every head go, not whole heads. Default: whole ones.
         verify: Whether each shrink is compared with the masked network on a real batch, and undone if it differs.
         recalibrate: Number of batches to re-estimate batch-norm statistics on after each round; 0 leaves them.
         seed: Seed of random criteria and reinitialisations.
@@ -84,12 +87,13 @@ class ChannelPruning(PruningCallback):
         reinit: Union[ReinitName, Reinit] = "keep",  # noqa: UP007
         shrink: Shrink = "rounds",
         norms: Norms = "exact",
+        inner: Sequence[str] | None = None,
         verify: bool = True,
         recalibrate: int = 0,
         seed: int = 0,
         directory: str | None = None,
     ) -> None:
-        super().__init__(remove, of, schedule, reinit, shrink, norms, verify, recalibrate, seed, directory)
+        super().__init__(remove, of, schedule, reinit, shrink, norms, verify, recalibrate, seed, directory, inner)
         if of not in ("channels", "params", "macs", "latency"):
             raise unknown_name("measure", of, ["channels", "params", "macs", "latency"])
         if scope not in ("global", "group", "isomorphic"):
@@ -194,8 +198,7 @@ class ChannelPruning(PruningCallback):
         if self.of != "channels":
             return network.cost_function(self.of)
         eligible: list[str] = self._record.get("eligible", [])
-        # A group that is down to one channel is no group any more, but that channel still counts.
-        return lambda widths: sum(widths.get(name, 1) for name in eligible)
+        return lambda widths: sum(network.with_others(widths)[name] for name in eligible)
 
     def _latency_at(self, network: Network, widths: Mapping[str, int]) -> float:
         """Measured once for the same widths, so that noise does not make a network cheaper than itself."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,14 +14,14 @@ from torch.optim import Optimizer
 from lightning_prune.callbacks.support import rewrap, shadows
 from lightning_prune.checkpoint import original_settings_of, plain_settings, settings_of
 from lightning_prune.cost import CostModel, checkpoint_bytes
-from lightning_prune.errors import TraceError
+from lightning_prune.errors import ShrinkError, TraceError
 from lightning_prune.graph.analysis import Norms
 from lightning_prune.graph.program import loose_tensors
 from lightning_prune.graph.tracer import named_leaves
 from lightning_prune.masks import Masks
 from lightning_prune.probe import Probe
 from lightning_prune.report import Totals
-from lightning_prune.surgery import Shrunk, resized, shrink, trace_programs
+from lightning_prune.surgery import Shrunk, keep_whole, resized, shrink, trace_programs
 from lightning_prune.surgery.attributes import integer_settings, write_settings
 from lightning_prune.surgery.resize import resize
 
@@ -34,25 +34,36 @@ class Network:
         module: The user's module.
         probe: Runs the module on real batches.
         record: What an earlier fit left of :meth:`state`; empty for a module that has not been pruned.
+        norms: As for :class:`~lightning_prune.ChannelPruning`.
+        inner: As for :class:`~lightning_prune.ChannelPruning`.
 
     Attributes:
         graph: The present channel graph.
         masks: The units that are off.
         tensors: Parameters and buffers by full name.
         original: Width of every group before any pruning.
+        whole: Groups that turned out in this training to be impossible to cut any further, with their widths.
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, probe: Probe, record: Mapping[str, Any], norms: Norms
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        probe: Probe,
+        record: Mapping[str, Any],
+        norms: Norms,
+        inner: Sequence[str],
     ) -> None:
         """Trace the module."""
         self._norms: Norms = norms
+        self._inner = inner
         self._trainer = trainer
         self.module = module
         self.probe = probe
         self._settings = settings_of(record)
         self._original_settings = original_settings_of(record)
         self._cut: set[str] = set(record.get("cut", ()))
+        self.whole: dict[str, int] = dict(record.get("whole", {}))
         self._trace()
         self.original: dict[str, int] = {**self.graph.widths, **record.get("original", {})}
         self._mask(record.get("masks", {}))
@@ -60,7 +71,8 @@ class Network:
     def _trace(self) -> None:
         """Find the channel groups of the module as it is now; all units count as kept."""
         self.tensors = named_leaves(self.module)
-        self.graph = trace_programs(self.module, self.probe.programs(), self._norms)
+        traced = trace_programs(self.module, self.probe.programs(), self._norms, self._inner)
+        self.graph = keep_whole(traced, dict.fromkeys(self.whole, "could not be cut exactly when it came to it"))
         self.masks = Masks(self.graph)
         self._cost = CostModel(self.graph, [name for name, _ in self.module.named_parameters()])
 
@@ -87,12 +99,18 @@ class Network:
             "masks": {name: mask.clone() for name, mask in self.masks.keep.items()},
             "settings": plain_settings(self._settings, self._original_settings),
             "cut": sorted(self._cut),
+            "whole": dict(self.whole),
             "unsaved": {n: tensors[n].detach().cpu().clone() for n in self._cut if n not in saved and n in tensors},
         }
 
     def widths(self) -> dict[str, int]:
-        """Number of units of each original group that are not off; one that is down to a single channel is no group."""
-        return {name: self.masks.widths.get(name, 1) for name in self.original}
+        """Number of units of each original group that are not off."""
+        return self.with_others(self.masks.widths)
+
+    def with_others(self, widths: Mapping[str, int]) -> dict[str, int]:
+        """Widths of the present groups, with those of original groups that can be cut no further."""
+        alone = dict.fromkeys(self.original, 1)  # down to a single channel, a group is none any more
+        return {name: widths.get(name, left) for name, left in {**alone, **self.whole}.items()}
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -120,7 +138,7 @@ class Network:
     def totals(self) -> Totals:
         """What the network costs now, masked units counted as long as they are there."""
         return Totals(
-            channels=sum({**dict.fromkeys(self.original, 1), **self.graph.widths}.values()),
+            channels=sum(self.with_others(self.graph.widths).values()),
             parameters=self._cost.parameters(self.graph.widths),
             macs=round(self._cost.macs(self.graph.widths)),
             checkpoint_bytes=checkpoint_bytes(self.module.state_dict()),
@@ -156,15 +174,21 @@ class Network:
         rewrap(self._trainer)
 
     def shrink(self, keep: Mapping[str, Tensor], verify: bool) -> Shrunk:
-        """Remove units physically, with everything that hangs on the module, and trace again.
+        """Remove units physically in all processes, with everything that hangs on the module, and trace again.
 
         Afterwards :meth:`rewrap` is due.
 
         Raises:
-            ShrinkError: If the result is not proven exact; then nothing was changed.
+            ShrinkError: If the result is not proven exact in every process; then nothing was changed in any.
         """
         before = integer_settings(self.module)
-        result = shrink(self.module, self.graph, keep, self.optimizers, verify)
+        names = sorted(keep)
+
+        def agree(blamed: Sequence[str]) -> list[str]:
+            shares = self.average(torch.tensor([float(name in blamed) for name in names]))
+            return [name for name, share in zip(names, shares.tolist(), strict=True) if share > 0]
+
+        result = shrink(self.module, self.graph, keep, self.optimizers, verify, agree)
         if not result.cuts:
             return result
         for copy in shadows(self.module):
@@ -178,3 +202,14 @@ class Network:
             torch._dynamo.reset()
         self._trace()
         return result
+
+    def give_up(self, problem: ShrinkError) -> bool:
+        """From now on keep the groups whole that could not be cut; returns whether there are any."""
+        blamed = {name: self.graph.widths[name] for name in problem.groups if name in self.graph.groups}
+        if not blamed:
+            return False
+        self.whole.update(blamed)
+        masks = self.masks.keep
+        self._trace()
+        self._mask(masks)
+        return True

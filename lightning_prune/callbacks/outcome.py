@@ -55,8 +55,8 @@ def _notes(record: Mapping[str, Any], network: Network) -> list[str]:
     count = sum(group.approximate for group in network.graph.groups.values())
     if count:
         notes.append(
-            f"the channels of {count} groups are normalised over: the norms now see what is left of them, so the "
-            f"network equals the masked one only with norms taken over the kept channels (norms='approximate')"
+            f"the channels of {count} groups are normalised over, or set the scale of an attention: that follows what "
+            f"is left of them, so the network equals the masked one only if it does so there too (norms='approximate')"
         )
     return notes
 

@@ -32,9 +32,9 @@ def refuse_unsupported(trainer: Trainer, shrinks: bool) -> None:
         )
     if shrinks and isinstance(strategy.launcher, _MultiProcessingLauncher):
         raise ConfigurationError(
-            "this strategy trains in processes of its own and afterwards loads their weights into the full-width "
-            "network of the main process, which cannot hold them. Use strategy='ddp' in a script, one device, or "
-            "shrink='never'."
+            f"{type(strategy).__name__}(start_method={strategy.launcher._start_method!r}) trains in processes of its "
+            f"own and afterwards loads their weights into the full-width network of the main process, which cannot "
+            f"hold them. Use strategy='ddp' in a script, one device, or shrink='never'."
         )
 
 

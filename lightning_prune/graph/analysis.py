@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import TraceError
 from lightning_prune.graph.channels import ChannelGraph, ChannelGroup, Extent, Operation, Refusal, Role, Slot
 from lightning_prune.graph.labels import (
+    INNER,
     NEVER_ZERO,
     SOLID,
     STATISTICS,
@@ -36,6 +37,8 @@ from lightning_prune.graph.tracer import Counted, Event, Labelled, Memory, Trace
 
 _ROLES: tuple[Role, ...] = ("consumer", "producer", "scale", "statistic", "bias")
 Norms = Literal["exact", "approximate"]
+Place = tuple[str, int]
+"""A tensor's name and one of its dimensions."""
 Signature = tuple[tuple[int, int], ...]
 """Numbers of leaves, with the number of positions that belong to one unit."""
 
@@ -75,24 +78,30 @@ class Analysis:
         model: The network.
         programs: The ways of running it. The first one that runs in evaluation mode is the one whose cost is counted.
         norms: "approximate" lets channels go that are normalised over; the others are then normalised by themselves.
+        inner: Dimensions of tensors of whose blocks (heads, say) equal positions may go instead of whole blocks.
 
     Raises:
         TraceError: If no program runs, or the network has a lazy or non-strided parameter.
     """
 
-    def __init__(self, model: nn.Module, programs: Sequence[Program], norms: Norms = "exact") -> None:
+    def __init__(
+        self, model: nn.Module, programs: Sequence[Program], norms: Norms = "exact", inner: Collection[Place] = ()
+    ) -> None:
         """See the class."""
         self.model = model
         self.norms = norms
+        self.inner = inner
         self.tensors = named_leaves(model)
         check_network(model, self.tensors)
         self.space = LabelSpace(approximate=norms == "approximate")
         self.labels = {name: self._leaf_labels(tensor) for name, tensor in self.tensors.items()}
         self.loose = {name: (tensor, self._leaf_labels(tensor)) for name, tensor in loose_tensors(model).items()}
+        self._choose_inner()
         self.notes: list[Refusal] = []
         self._leave_whole()
         self.frozen_later: list[Frozen] = []
         self.united_later: list[tuple[Tensor, Tensor]] = []
+        self.scaled_later: list[Tensor] = []
         self.laws: dict[Hashable, Extent] = {}
         self.runs: list[Run] = []
         self._memory: Memory = {}
@@ -141,6 +150,12 @@ class Analysis:
                 continue
             for plane in self.labels[name].planes:
                 self.space.frozen.append(Frozen(plane.ids.flatten(), reason))
+
+    def _choose_inner(self) -> None:
+        for name, dim in self.inner:
+            for plane in self.labels[name].planes:
+                if plane.dims == (dim,):
+                    self.space.choose_inner(plane.ids)
 
     def _leaf_labels(self, tensor: Tensor) -> Labels:
         labelled = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool
@@ -194,14 +209,29 @@ class Analysis:
         self.united_later.append((first, second))
         self.space.unite(first, second)
 
+    def mark_approximate(self, ids: Tensor) -> None:
+        """Know that a number in the program follows the width along these labels; to be solved again."""
+        self.scaled_later.append(ids)
+        self.space.mark(STATISTICS, ids)
+
+    def producers(self) -> list[Leaf]:
+        """The dimensions of tensors that make channels."""
+        return [leaf for leaf, role in zip(self.leaves, self._roles, strict=True) if role == "producer"]
+
+    def inner_mattered(self, leaf: Leaf) -> bool:
+        """Whether it made a difference that equal positions of the blocks in this dimension may go."""
+        return bool(self._marked(INNER)[self.root(leaf.ids)].any())
+
     def repeated(self) -> Analysis:
         """Run and solve everything anew, for a network whose weights or surroundings have moved on."""
-        anew = Analysis(self.model, [run.program for run in self.runs], self.norms)
+        anew = Analysis(self.model, [run.program for run in self.runs], self.norms, self.inner)
         known = sum(len(leaf.ids) for leaf in anew.leaves)  # parameters are labelled first, and always alike
         anew.space.frozen += [Frozen(f.ids[f.ids <= known], f.reason) for f in self.frozen_later]
         anew.frozen_later += self.frozen_later
         for first, second in self.united_later:
             anew.unite(first, second)
+        for ids in self.scaled_later:
+            anew.mark_approximate(ids[ids <= known])
         anew.laws = self.laws
         anew.solve()
         return anew
@@ -278,7 +308,7 @@ class Analysis:
             self.groups[group.name] = group
             self.units[group.name] = unit_roots[units]
         self.group_names = list(self.groups)
-        self._counts: dict[int, tuple[tuple[str, int], ...]] = {}
+        self._counts: dict[int, tuple[tuple[int, ...], tuple[tuple[str, int], ...]]] = {}
         self.group_of = torch.full((self.space.count,), -1)
         for number, roots in enumerate(self.units.values()):
             self.group_of[roots] = number
@@ -368,21 +398,24 @@ class Analysis:
     def extent(self, size: int, dim: int, planes: Sequence[Plane]) -> Extent:
         """Size of one dimension as a function of the group widths."""
         for plane in planes:
-            if plane.ids.shape[dim] > 1 and (per_unit := self._per_unit(plane.ids)):
+            if plane.ids.shape[dim] > 1 and (per_unit := self._per_unit(plane.ids, dim)):
                 removable = sum(count * self.groups[name].width for name, count in per_unit)
                 return Extent(size - removable, per_unit)
         return Extent(size)
 
-    def _per_unit(self, ids: Tensor) -> tuple[tuple[str, int], ...]:
-        """How many positions each unit of each group has along the dimension that labels vary on."""
+    def _per_unit(self, ids: Tensor, dim: int) -> tuple[tuple[str, int], ...]:
+        """How many positions each unit of each group has along a dimension; none where all units are alike along it."""
         if id(ids) not in self._counts:
-            groups = self.group_of[compact(self.root(ids)).flatten()]
+            roots = compact(self.root(ids))
+            groups = self.group_of[roots.flatten()]
             numbers, counts = torch.unique(groups[groups >= 0], return_counts=True)
             names = [self.group_names[number] for number in numbers.tolist()]
-            self._counts[id(ids)] = tuple(
+            per_unit = tuple(
                 (name, count // self.groups[name].width) for name, count in zip(names, counts.tolist(), strict=True)
             )
-        return self._counts[id(ids)]
+            self._counts[id(ids)] = varying(roots), per_unit
+        dims, per_unit = self._counts[id(ids)]
+        return per_unit if dim in dims else ()
 
     def extents(self) -> dict[str, tuple[Extent, ...]]:
         """Shape of every parameter and buffer as a function of the group widths."""

@@ -134,14 +134,17 @@ class LabelSpace:
         self.frozen: list[Frozen] = [Frozen(torch.zeros(1, dtype=torch.int64), None)]
         self.marks: dict[str, list[Tensor]] = {}
         self.blocks: list[Tensor] = []
+        self._inner: Tensor | None = None
 
     def snapshot(self) -> Callable[[], None]:
         """A function that forgets everything learnt since now (labels stay handed out)."""
         lists: list[list[Any]] = [self.edges, self.static_edges, self.frozen, self.blocks]
         lengths = [len(items) for items in lists]
         marks = {mark: len(found) for mark, found in self.marks.items()}
+        inner = None if self._inner is None else self._inner.clone()
 
         def forget() -> None:
+            self._inner = inner
             for items, length in zip(lists, lengths, strict=True):
                 del items[length:]
             for mark, found in self.marks.items():
@@ -167,6 +170,8 @@ class LabelSpace:
         self.edges.append(edge)
         if static:
             self.static_edges.append(edge)
+        if self.any_inner:
+            self._spread(*edge)
 
     def tie(self, ids: Tensor, dims: Iterable[int]) -> Tensor:
         """Unite the labels along some dimensions; returns them with these dimensions reduced to size 1."""
@@ -176,6 +181,38 @@ class LabelSpace:
                 self.unite(ids, first)
             ids = first
         return ids
+
+    def choose_inner(self, ids: Tensor) -> None:
+        """Where these labels meet blocks (heads, say), equal positions of every block may go, not whole blocks."""
+        self._choices()[ids.flatten()] = True
+
+    @property
+    def any_inner(self) -> bool:
+        """Whether equal positions were chosen anywhere."""
+        return self._inner is not None
+
+    def _choices(self) -> Tensor:
+        """For each label whether equal positions were chosen for it."""
+        known = torch.zeros(0, dtype=torch.bool) if self._inner is None else self._inner
+        self._inner = torch.cat([known, torch.zeros(self.count - len(known), dtype=torch.bool)])
+        return self._inner
+
+    def _spread(self, first: Tensor, second: Tensor) -> None:
+        """What is united with a label that was chosen is chosen too."""
+        chosen = self._choices()
+        either = chosen[first] | chosen[second]
+        chosen[first[either]] = True
+        chosen[second[either]] = True
+
+    def prefers_inner(self, *labels: Tensor) -> bool:
+        """Whether equal positions of every block may go, where either these or whole blocks can."""
+        if not self.any_inner:
+            return False
+        chosen = self._choices()
+        found = [ids for ids in labels if bool(chosen[ids].any())]
+        for ids in found:
+            self.mark(INNER, ids)
+        return bool(found)
 
     def freeze(self, ids: Tensor, reason: str | None) -> None:
         """These labels stay whole."""
@@ -251,6 +288,8 @@ NEVER_ZERO = "never zero"
 """Mark of labels of parameters whose units must not be zeroed: they are divided by their norm."""
 STATISTICS = "statistics"
 """Mark of labels that are normalised over: without them the others are normalised by something else."""
+INNER = "inner"
+"""Mark of labels for which it mattered that equal positions of every block were chosen."""
 
 
 def settle(space: LabelSpace, planes: Iterable[Plane], dims: Iterable[int], reason: str | None) -> tuple[Plane, ...]:
@@ -263,25 +302,6 @@ def settle(space: LabelSpace, planes: Iterable[Plane], dims: Iterable[int], reas
         else:
             settled.append(Plane(space.tie(plane.ids, inside), plane.zero))
     return tuple(settled)
-
-
-def leave_statistics(space: LabelSpace, planes: Iterable[Plane], dims: Iterable[int], reason: str) -> tuple[Plane, ...]:
-    """Planes of what statistics are taken over along some dimensions: exact only if nothing goes along them.
-
-    Where approximate results are allowed, what lies in these dimensions may go, and the statistics go with it.
-    """
-    if not space.approximate:
-        return settle(space, planes, dims, reason)
-    dims = tuple(dims)
-    kept = []
-    for plane in planes:
-        inside = [d for d in dims if plane.ids.shape[d] > 1]
-        if inside and len(inside) < len(plane.dims):
-            plane = Plane(space.tie(plane.ids, inside), plane.zero)
-        elif inside:
-            space.mark(STATISTICS, plane.ids)
-        kept.append(plane)
-    return tuple(kept)
 
 
 def outside(planes: Iterable[Plane], dims: Iterable[int]) -> tuple[Plane, ...]:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_prune.graph.blocks import share_blocks_only
 from lightning_prune.graph.labels import Labels, LabelSpace, Plane, Witness, user_line
 from lightning_prune.graph.one_way import decomposed
 from lightning_prune.graph.program import Program, is_observed, map_nested, tensors_in
@@ -334,6 +335,13 @@ class Tracer(TorchDispatchMode):
                 self.space.freeze(plane.ids, "single channels are picked by their number")
                 continue
             for other in [other for other in kept if set(plane.dims) & set(other.dims)]:
+                if not plane.dims:
+                    break  # the plane is dropped: it is solid now
+                apart = share_blocks_only(self.space, plane.ids, other.ids)
+                if apart is not None:
+                    plane, rest = Plane(apart[0], plane.zero), Plane(apart[1], other.zero)
+                    kept[kept.index(other)] = rest
+                    continue
                 if plane.dims == other.dims:
                     self.space.freeze(plane.ids, "shares a dimension with other channels")
                     break  # the plane is dropped: it is solid now
@@ -341,7 +349,7 @@ class Tracer(TorchDispatchMode):
                 plane = self._joined(plane, other)
             else:
                 kept.append(plane)
-        return tuple(kept)
+        return tuple(plane for plane in kept if plane.dims)
 
     def _joined(self, first: Plane, second: Plane) -> Plane:
         """Two planes that vary along a common dimension and elsewhere: what goes goes along the common one only."""

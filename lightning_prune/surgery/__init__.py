@@ -1,5 +1,5 @@
 """Resize networks in place, exactly."""
 
-from lightning_prune.surgery.shrink import Shrunk, resized, shrink, trace, trace_programs
+from lightning_prune.surgery.shrink import Shrunk, keep_whole, resized, shrink, trace, trace_programs
 
-__all__ = ["Shrunk", "resized", "shrink", "trace", "trace_programs"]
+__all__ = ["Shrunk", "keep_whole", "resized", "shrink", "trace", "trace_programs"]

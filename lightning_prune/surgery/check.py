@@ -12,6 +12,7 @@ from lightning_prune.graph.labels import SOLID, Labels, LabelSpace, Plane, Witne
 from lightning_prune.graph.rules import find_rule
 from lightning_prune.graph.selections import Selections
 from lightning_prune.graph.tracer import LAYOUT_ONLY, Call, Event, Memory, Numbers, Planes, Tracer
+from lightning_prune.surgery.scales import Scales
 
 
 class MismatchError(Exception):
@@ -150,6 +151,9 @@ class Checker(Tracer):
         expectation: What was removed.
         run: The recorded program.
         memory: What rules said of calls before in the same shrunk network.
+
+    Attributes:
+        scales: The numbers that follow a width; none where results must be exact.
     """
 
     def __init__(self, expectation: Expectation, run: Run, memory: Memory) -> None:
@@ -166,6 +170,8 @@ class Checker(Tracer):
         self.expectation = expectation
         self.recorded = run.events
         self.position = 0
+        self.scales = Scales()
+        self._scales_may_follow = analysis.space.approximate
 
     def expected(self, position: int) -> Event | None:
         """The recorded event at a position, less what was removed."""
@@ -177,6 +183,9 @@ class Checker(Tracer):
     def follow(self, call: Call, constants: Numbers, sizes: Numbers) -> Sequence[Planes]:
         """Labels of the outputs of a call, which must be what was recorded, less what was removed."""
         event = self.expected(self.position)
+        if event is not None and self._scales_may_follow:
+            record = self.recorded[self.position]
+            constants = self.scales.recorded(call, constants, record, event, self.position)
         if event is not None and self._goes_without_saying(call, constants, sizes, event):
             self.position += 1
             return [witness.planes for witness in event.witnesses[-len(call.outputs) :]]
@@ -239,7 +248,8 @@ class Checker(Tracer):
         if expected is None or event.name != expected.name:
             raise MismatchError(f"executed {event.name} where the full network executes {expected and expected.name}")
         if event.constants != expected.constants:
-            raise MismatchError(f"{event.name} computes with a number that the full network does not have there")
+            hint = "" if self._scales_may_follow else self._hint(event)
+            raise MismatchError(f"{event.name} computes with a number that the full network does not have there{hint}")
         if len(event.witnesses) != len(expected.witnesses):
             raise MismatchError(f"{event.name} worked differently")
         for seen, due in zip(event.witnesses, expected.witnesses, strict=True):
@@ -248,6 +258,11 @@ class Checker(Tracer):
             if not self._same(seen.planes, due.planes):
                 raise MismatchError(f"{event.name} of shape {seen.shape} holds other channels than those due")
         self.position += 1
+
+    def _hint(self, event: Event) -> str:
+        """What may help where heads get narrower."""
+        by_scale = self.expectation.analysis.inner and event.name in ("mul", "div")
+        return "; norms='approximate' lets the scale of an attention follow the width of its heads" if by_scale else ""
 
     def apply_rule(self, call: Call) -> Sequence[Planes]:
         """Here a rule that cannot follow a call has found a difference."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,13 +14,21 @@ from torch.optim import Optimizer
 from lightning_prune.errors import ConfigurationError, ShrinkError
 from lightning_prune.graph.analysis import Analysis, Norms
 from lightning_prune.graph.channels import ChannelGraph, ChannelGroup
+from lightning_prune.graph.inner import chosen_places, without_effect
 from lightning_prune.graph.program import Example, Inputs, Program, forget_caches, module_programs, uncollected
 from lightning_prune.graph.tracer import named_leaves
 from lightning_prune.surgery.attributes import Setting, UnsolvedError
 from lightning_prune.surgery.resize import Cut, resize_optimizers
 from lightning_prune.surgery.transaction import applied
 from lightning_prune.surgery.trial import settle_groups
-from lightning_prune.surgery.verify import largest_difference, masked_outputs, outputs
+from lightning_prune.surgery.verify import Scales, largest_difference, masked_outputs, outputs
+
+Agree = Callable[[Sequence[str]], Sequence[str]]
+"""Given the groups that this process cannot cut, says which ones some process cannot; called once by each process."""
+
+
+class _ElsewhereError(ShrinkError):
+    """Another process cannot do what this one has proven."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,11 @@ class Shrunk:
 
 
 def trace(
-    model: nn.Module, example_inputs: Inputs | Example, *more: Inputs | Example | Program, norms: Norms = "exact"
+    model: nn.Module,
+    example_inputs: Inputs | Example,
+    *more: Inputs | Example | Program,
+    norms: Norms = "exact",
+    inner: Sequence[str] = (),
 ) -> ChannelGraph:
     """Find the channel groups of a network by running it.
 
@@ -52,13 +64,18 @@ def trace(
             :class:`~lightning_prune.graph.program.Example` names another method than ``forward``.
         norms: "exact" keeps channels whole that a layer, group or RMS norm takes its statistics over, for without
             them the others would be normalised by something else. "approximate" lets them go: the shrunk network then
-            equals the masked one whose norms see the kept channels only. Such groups are marked ``approximate``.
+            equals the masked one whose norms see the kept channels only, and whose attention scales by the kept width
+            of a head where it computes that scale. Such groups are marked ``approximate``.
+        inner: Patterns (as in ``fnmatch``) of the names of modules or tensors that make the channels of blocks, such
+            as the queries, keys and values of attention heads. Of these not whole blocks go, but equal positions of
+            every block: heads get narrower, not fewer.
 
     Returns:
         The groups that can be cut, each proven by a trial cut that was undone, and what stays whole and why.
 
     Raises:
         TraceError: If the network cannot be run on these inputs.
+        ConfigurationError: If a pattern matches nothing.
 
     Example:
         >>> from torch import nn
@@ -67,17 +84,24 @@ def trace(
         >>> [(name, group.width) for name, group in graph.groups.items()]
         [('0', 8)]
     """
-    return trace_programs(model, module_programs(model, example_inputs, more), norms)
+    return trace_programs(model, module_programs(model, example_inputs, more), norms, inner)
 
 
-def trace_programs(model: nn.Module, programs: Sequence[Program], norms: Norms = "exact") -> ChannelGraph:
+def trace_programs(
+    model: nn.Module, programs: Sequence[Program], norms: Norms = "exact", inner: Sequence[str] = ()
+) -> ChannelGraph:
     """Like :func:`trace`, for a network that is run by programs.
 
     Raises:
         TraceError: If no program can be run.
+        ConfigurationError: If a pattern matches nothing.
     """
     with uncollected():
         analysis = Analysis(model, programs, norms)
+        if inner:
+            # Which tensors make channels, and not read them, is known only after a first run.
+            analysis = Analysis(model, programs, norms, chosen_places(analysis, inner))
+            analysis.notes += without_effect(analysis, inner)
         settle_groups(analysis)
         return analysis.graph()
 
@@ -88,6 +112,7 @@ def shrink(
     keep: Mapping[str, Tensor],
     optimizers: Iterable[Optimizer] = (),
     verify: bool = True,
+    agree: Agree | None = None,
 ) -> Shrunk:
     """Physically remove channels, in place and exactly, or leave everything as it was.
 
@@ -101,6 +126,9 @@ def shrink(
         keep: Kept units of each group that is cut: int64 indices in rising order, or a bool mask of ``[width]``.
         optimizers: Optimizers whose state is cut along.
         verify: Whether to compare the outputs too.
+        agree: Where several processes hold the network: called by each of them, when it has proven the cut and not yet
+            completed it, or cannot, with the groups that it cannot cut; returns those that any process cannot. If there
+            are any, all processes leave their network as it was.
 
     Raises:
         ConfigurationError: If ``keep`` names an unknown group, keeps nothing of one, or does not fit it.
@@ -122,32 +150,66 @@ def shrink(
     if not units:
         return Shrunk()
     with uncollected():
-        return _proven(graph, units, optimizers, verify)
+        try:
+            return _proven(graph, units, optimizers, verify, agree)
+        except _ElsewhereError:
+            raise
+        except ShrinkError as problem:
+            if agree is not None:
+                problem.groups = tuple(agree(problem.groups))
+            raise
 
 
-def _proven(graph: ChannelGraph, units: Mapping[str, Tensor], optimizers: Iterable[Optimizer], verify: bool) -> Shrunk:
+def _proven(
+    graph: ChannelGraph,
+    units: Mapping[str, Tensor],
+    optimizers: Iterable[Optimizer],
+    verify: bool,
+    agree: Agree | None,
+) -> Shrunk:
     try:
-        return _shrink(_evidence(graph), units, optimizers, verify)
+        return _shrink(_evidence(graph), units, optimizers, verify, agree)
     except UnsolvedError:
         # What the programs do may have moved on since the trace (a loss weight that is annealed): compare afresh.
         analysis = _traced_again(graph, units)
     try:
-        return _shrink(analysis, units, optimizers, verify)
+        return _shrink(analysis, units, optimizers, verify, agree)
     except UnsolvedError as problem:
         raise _not_exact(analysis, units, problem) from problem
 
 
-def _shrink(analysis: Analysis, units: Mapping[str, Tensor], optimizers: Iterable[Optimizer], verify: bool) -> Shrunk:
+def _shrink(
+    analysis: Analysis,
+    units: Mapping[str, Tensor],
+    optimizers: Iterable[Optimizer],
+    verify: bool,
+    agree: Agree | None,
+) -> Shrunk:
     try:
-        expected = masked_outputs(analysis, units) if verify else None
+        scales = _scales(analysis, units) if verify else {}
+        expected = masked_outputs(analysis, units, scales) if verify else None
         with applied(analysis, units) as transaction:
             transaction.prove()
             error = None if expected is None else largest_difference(expected, outputs(analysis, expected))
+            if agree is not None and (blamed := agree(())):
+                raise _ElsewhereError(f"another process cannot cut {', '.join(blamed)}; nothing was changed", blamed)
             resize_optimizers(optimizers, transaction.tensors, transaction.cuts, transaction.saved)
+    except _ElsewhereError:
+        raise
     except ShrinkError as problem:
         raise _not_exact(analysis, units, problem) from problem
     forget_caches(analysis.model)
     return Shrunk(transaction.settings, transaction.cuts, error)
+
+
+def _scales(analysis: Analysis, units: Mapping[str, Tensor]) -> Scales:
+    """The numbers that will follow the widths, found by a cut that is undone."""
+    if not analysis.scaled_later or not any(analysis.groups[name].approximate for name in units):
+        return {}
+    with applied(analysis, units) as transaction:
+        transaction.prove()
+        transaction.undo()
+    return transaction.scales
 
 
 def _traced_again(graph: ChannelGraph, units: Mapping[str, Tensor]) -> Analysis:
@@ -160,7 +222,7 @@ def _traced_again(graph: ChannelGraph, units: Mapping[str, Tensor]) -> Analysis:
     for name in units:
         old, new = graph.groups[name], analysis.groups.get(name)
         if new is None or not _same_slots(old, new):
-            raise ShrinkError(f"group '{name}' is not what it was when the network was traced; trace it again")
+            raise ShrinkError(f"group '{name}' is not what it was when the network was traced; trace it again", [name])
     return analysis
 
 
@@ -175,8 +237,24 @@ def _not_exact(analysis: Analysis, units: Mapping[str, Tensor], problem: Excepti
     culprits = _culprits(analysis, units)
     return ShrinkError(
         f"cutting {', '.join(culprits)} is not exact: {problem}. Nothing was changed. Exclude "
-        f"{'this group' if len(culprits) == 1 else 'these groups'}, or report the model"
+        f"{'this group' if len(culprits) == 1 else 'these groups'}, or report the model",
+        culprits,
     )
+
+
+def keep_whole(graph: ChannelGraph, reasons: Mapping[str, str]) -> ChannelGraph:
+    """The channel graph without some of its groups, which stay whole.
+
+    Args:
+        graph: A traced graph.
+        reasons: Names of groups, with what is said of them among the refusals. Others are ignored.
+    """
+    analysis = _evidence(graph)
+    whole = [name for name in graph.groups if name in reasons]
+    roots = {name: analysis.units[name] for name in whole}
+    for name in whole:
+        analysis.freeze(roots[name], reasons[name])
+    return analysis.graph() if whole else graph
 
 
 @contextmanager
@@ -211,7 +289,7 @@ def _culprits(analysis: Analysis, units: Mapping[str, Tensor]) -> list[str]:
     for name in units if len(units) > 1 else ():
         alone = {name: units[name]}
         try:
-            expected = masked_outputs(analysis, alone)
+            expected = masked_outputs(analysis, alone, _scales(analysis, alone))
             with applied(analysis, alone) as transaction:
                 transaction.prove()
                 largest_difference(expected, outputs(analysis, expected))

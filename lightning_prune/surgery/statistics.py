@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.errors import ShrinkError
 from lightning_prune.graph.analysis import Analysis, Run
-from lightning_prune.graph.labels import Witness, varying
+from lightning_prune.graph.labels import Witness, compact, varying
 from lightning_prune.graph.one_way import decomposed
 from lightning_prune.graph.program import is_observed, map_nested
 from lightning_prune.graph.selections import Selections, is_selection
@@ -36,7 +36,7 @@ class KeptStatistics(TorchDispatchMode):
     """
 
     def __init__(
-        self, analysis: Analysis, run: Run, kept: Tensor, scales: Mapping[int, Any], selections: Selections
+        self, analysis: Analysis, run: Run, kept: Tensor, scales: Mapping[int, float], selections: Selections
     ) -> None:
         """See the class."""
         super().__init__()  # type: ignore[no-untyped-call]
@@ -100,9 +100,9 @@ class KeptStatistics(TorchDispatchMode):
         """Kept positions along each dimension of a tensor that loses some."""
         places = {}
         for plane in witness.planes:
-            roots = self._analysis.root(plane.ids)
+            roots = compact(self._analysis.root(plane.ids))
             stays = self._kept[roots]
-            for dim in varying(plane.ids):
+            for dim in varying(roots):
                 along = stays[tuple(slice(None) if d == dim else 0 for d in range(stays.dim()))]
                 if not bool(along.all()) and len(along) == witness.shape[dim]:
                     places[dim] = along.nonzero().flatten()
@@ -122,7 +122,7 @@ def _resized_numbers(func: OpOverload, full: Tensor, args: Sequence[Any]) -> tup
 
 @contextmanager
 def kept_statistics(
-    analysis: Analysis, run: Run, kept: Tensor, scales: Mapping[int, Any], selections: Selections
+    analysis: Analysis, run: Run, kept: Tensor, scales: Mapping[int, float], selections: Selections
 ) -> Iterator[None]:
     """Inside, the program of the full network takes its statistics over the kept channels only."""
     mode = KeptStatistics(analysis, run, kept, scales, selections)

@@ -50,6 +50,8 @@ class Transaction:
         cuts: What was cut.
         saved: The tensors that were cut, as they were.
         settings: Integer attributes that were rewritten, once the cut is proven.
+        scales: Numbers that follow the widths where results may be approximate, once the cut is proven.
+        scaled: Labels along the dimensions whose widths they follow.
     """
 
     def __init__(self, analysis: Analysis, keep: Mapping[str, Tensor]) -> None:
@@ -65,6 +67,8 @@ class Transaction:
         self.descriptions = Descriptions(self.model)
         self.saved: list[Saved] = resize(self.tensors, self.cuts)
         self.settings: dict[Setting, int] = {}
+        self.scales: dict[int, dict[int, float]] = {}
+        self.scaled: list[Tensor] = []
         self._widths = {name: len(keep.get(name, units)) for name, units in analysis.units.items()}
         self._memory: Memory = {}
 
@@ -88,6 +92,7 @@ class Transaction:
         return {s: laws[s].size(self._widths) for s, value in self.original.items() if s in laws and value > 0}
 
     def _prove(self, predicted: Mapping[Setting, int]) -> None:
+        self.scales, self.scaled = {}, []
         values = {**self.original, **self._described({}), **predicted}
         used: set[Setting] = set()
         expectation = Expectation(self.analysis, self.kept)
@@ -127,9 +132,14 @@ class Transaction:
         except (Exception, NumbersNeededError) as error:
             # The code may have checked a size against what a module remembers of it.
             values.update({s: value for s, value in missed(compared).items() if values[s] == self.original[s]})
-            unsolved = UnsolvedError(checker.position, f"{run.program.name} failed after the cut: {error}")
+            found = _unsolved_in(error)  # what ran the user's code may have made an error of its own of it
+            reason = f"{run.program.name} failed after the cut: {error}" if found is None else found.reason
+            unsolved = UnsolvedError(checker.position if found is None else found.position, reason)
             unsolved.run = run
             raise unsolved from error
+        if checker.scales.numbers:
+            self.scales[id(run.events)] = checker.scales.numbers
+            self.scaled += checker.scales.labels
         return solver.revised
 
     def _loose_cuts(self) -> dict[str, list[Cut]]:
@@ -149,6 +159,13 @@ class Transaction:
         """Put everything back."""
         restore(self.saved)
         self.remembered.restore()
+
+
+def _unsolved_in(error: BaseException | None) -> UnsolvedError | None:
+    """The first problem among the causes of an error."""
+    while error is not None and not isinstance(error, UnsolvedError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lightning_prune.graph.analysis import Analysis
 from lightning_prune.graph.channels import Extent
+from lightning_prune.graph.labels import components
 from lightning_prune.graph.tracer import Event
 from lightning_prune.surgery.attributes import UnsolvedError
 from lightning_prune.surgery.transaction import Transaction, applied
@@ -20,6 +22,8 @@ _CHOICES = 16
 """Number of widths that are tried for a group, to find one that no other group has."""
 _NEARBY = 12
 """Number of preceding operators among which the partner of a group is looked for."""
+_PARTNERS = 4
+"""Number of groups nearby that are tried as partners of one whose blocks get narrower."""
 Keep = Mapping[str, Tensor]
 Place = tuple[str, Event]
 
@@ -62,9 +66,18 @@ def _problem(analysis: Analysis, keep: Keep, learn: bool = False) -> UnsolvedErr
             if learn:
                 analysis.laws = _laws(analysis, keep, extents, transaction)
             transaction.undo()
+            if learn and transaction.scaled:
+                _mark_approximate(analysis, transaction.scaled)
     except UnsolvedError as problem:
         return problem
     return None
+
+
+def _mark_approximate(analysis: Analysis, scaled: Iterable[Tensor]) -> None:
+    """Note that the network would scale by other numbers without some of these channels."""
+    for ids in {id(ids): ids for ids in scaled}.values():
+        analysis.mark_approximate(ids.flatten())
+    analysis.solve()
 
 
 def _laws(
@@ -89,14 +102,20 @@ def _laws(
 
 
 def _respond(analysis: Analysis, problem: UnsolvedError, keep: Keep) -> None:
-    """Couple the group at fault with another one, or keep it whole."""
+    """Couple the group at fault with others, or keep it whole."""
     event = problem.event
     nearby = [] if event is None else [name for name in analysis.groups_at(event) if name in keep]
     names = nearby if nearby and _fails(analysis, keep, nearby) else list(keep)
     culprit = _narrowed(analysis, keep, names)
-    places = [] if event is None or culprit not in nearby else _places_alike(analysis, culprit, event)
-    if not _coupled(analysis, places):
-        alike = {culprit, *(name for name, _ in places)}
+    places = [] if event is None else _places_alike(analysis, culprit, event)
+    alike = list(dict.fromkeys(name for name, _ in places))
+    if culprit not in alike:
+        places, alike = [], [culprit]
+    if (
+        not _coupled(analysis, places)
+        and not _coupled_positions(analysis, culprit)
+        and not _coupled_together(analysis, alike)
+    ):
         analysis.freeze(torch.cat([analysis.units[name] for name in alike]), problem.reason)
 
 
@@ -155,6 +174,42 @@ def _coupled(analysis: Analysis, places: Sequence[Place]) -> bool:
     return False
 
 
+def _coupled_positions(analysis: Analysis, culprit: str) -> bool:
+    """Where heads get narrower: unite a group with one whose width the code takes from the same attribute.
+
+    Queries and values are often reshaped by one ``head_dim``, so the positions of the ones go with those of the others.
+    """
+    if not analysis.inner:
+        return False
+    order = {name: number for number, name in enumerate(analysis.groups)}
+    near = sorted(analysis.groups, key=lambda name: abs(order[name] - order[culprit]))
+    alike = [name for name in near[1:] if analysis.groups[name].width == analysis.groups[culprit].width]
+    for partner in alike[:_PARTNERS]:
+        for length in _full_lengths(analysis, culprit) & _full_lengths(analysis, partner):
+            keep = _equal_parts(analysis, (culprit, partner), length)
+            if all(len(units) for units in keep.values()) and _problem(analysis, keep) is None:
+                analysis.unite(_full_leaf(analysis, culprit, length), _full_leaf(analysis, partner, length))
+                analysis.solve()
+                return True
+    return False
+
+
+def _coupled_together(analysis: Analysis, names: Sequence[str]) -> bool:
+    """Unite groups that the same code runs on, one after another, if the network can follow when all lose the same.
+
+    They may share a number that the code keeps but once, as the heads of an attention do that are run in a loop.
+    """
+    lengths = set.intersection(*(_full_lengths(analysis, name) for name in names)) if len(names) > 1 else set()
+    for length in sorted(lengths, reverse=True):
+        keep = _equal_parts(analysis, names, length)
+        if all(len(units) for units in keep.values()) and _problem(analysis, keep) is None:
+            for name, other in itertools.pairwise(names):
+                analysis.unite(_full_leaf(analysis, name, length), _full_leaf(analysis, other, length))
+            analysis.solve()
+            return True
+    return False
+
+
 def _partner(analysis: Analysis, name: str, event: Event, length: int) -> str | None:
     """Another group of as many channels that the operator or one shortly before it works on."""
     for run in analysis.runs:
@@ -186,14 +241,28 @@ def _full_leaf(analysis: Analysis, name: str, length: int) -> Tensor:
     raise KeyError(length)
 
 
+def _first_half(analysis: Analysis, names: Sequence[str], length: int) -> Tensor:
+    """The first half of the channels that groups have in common, without a unit that lies partly in it."""
+    if not analysis.inner:  # then units are made of neighbours
+        block = math.lcm(*(length // analysis.groups[name].width for name in names))
+        return torch.arange(max(length // 2 // block, 1) * block)
+    edges = []
+    for name in names:
+        _, unit = torch.unique(analysis.root(_full_leaf(analysis, name, length)), return_inverse=True)
+        first = torch.full((length,), length).scatter_reduce_(0, unit, torch.arange(length), "amin")
+        edges.append((torch.arange(length), first[unit]))
+    together = components(length, edges)
+    blocks = torch.unique(together)
+    return torch.isin(together, blocks[: max(len(blocks) // 2, 1)]).nonzero().flatten()
+
+
 def _equal_parts(analysis: Analysis, names: Iterable[str], length: int) -> dict[str, Tensor]:
     """Units of each group that lie in the first half of their common channels, a whole number of each."""
     names = list(names)
-    block = math.lcm(*(length // analysis.groups[name].width for name in names))
-    count = max(length // 2 // block, 1) * block
+    half = _first_half(analysis, names, length)
     parts = {}
     for name in names:
-        roots = analysis.root(_full_leaf(analysis, name, length)[:count])
+        roots = analysis.root(_full_leaf(analysis, name, length)[half])
         inside = (roots == analysis.units[name][:, None]).sum(1)
         parts[name] = (inside == length // analysis.groups[name].width).nonzero().flatten()
     return parts

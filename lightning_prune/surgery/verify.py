@@ -28,7 +28,8 @@ _TOLERANCE = {
 }
 
 
-Scales = Mapping[str, Mapping[int, Any]]
+Scales = Mapping[int, Mapping[int, float]]
+"""Numbers that follow the widths, by the ``id`` of a program's events and the position among them."""
 
 
 class Output(NamedTuple):
@@ -95,7 +96,7 @@ def masked_outputs(analysis: Analysis, keep: Mapping[str, Tensor], scales: Scale
     Args:
         analysis: What is known of the network.
         keep: Kept units (int64 indices) of each group that is cut.
-        scales: Numbers that followed the widths in the shrunk network, by program and position.
+        scales: Numbers that followed the widths in the shrunk network.
 
     Raises:
         ShrinkError: If it cannot be run so.
@@ -118,7 +119,7 @@ def masked_outputs(analysis: Analysis, keep: Mapping[str, Tensor], scales: Scale
         kept = kept_labels(analysis, keep)
 
         def surroundings(run: Run, selections: Selections) -> AbstractContextManager[None]:
-            return kept_statistics(analysis, run, kept, (scales or {}).get(run.program.name, {}), selections)
+            return kept_statistics(analysis, run, kept, (scales or {}).get(id(run.events), {}), selections)
 
         return outputs(analysis, surroundings=surroundings)
     finally:

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_prune import ChannelPruning, Linear, OneShot
 from lightning_prune.probe import Probe
-from tests.fits import BATCHES, Liveness, loader, parameters, small_net, trainer, widths
+from tests.fits import BATCHES, Liveness, StiffNet, loader, parameters, small_net, trainer, widths
 
 FITS = {
     "l1": {"criterion": "l1", "of": "macs", "schedule": OneShot(0, "step")},
@@ -25,6 +25,7 @@ FITS = {
     "stubborn": {"criterion": "random", "of": "channels", "schedule": OneShot(3, "step")},
     "accumulated": {"criterion": "random", "of": "channels", "schedule": OneShot(0.5, "epoch")},
     "static": {"criterion": "random", "of": "channels", "schedule": Linear(1, 5, 2, "step")},
+    "stiff": {"criterion": "random", "of": "channels", "remove": 0.3, "schedule": OneShot(1, "epoch")},
     "unused": {"criterion": "l2", "of": "macs", "schedule": Linear(1, 5, 2, "step")},
 }
 REDUCERS = {"static": {"static_graph": True}, "unused": {"find_unused_parameters": True}}
@@ -78,7 +79,7 @@ def copied(value):
 def fit(name, *callbacks, seed=0, resume_from=None, **arguments):
     """One fit; returns the module, the callback, the diary and the Trainer."""
     pruning = (Stubborn if name == "stubborn" else Observed)(**FITS[name])
-    diary, module = Diary(pruning), small_net(seed=seed)
+    diary, module = Diary(pruning), StiffNet(epoch=1, rank=1) if name == "stiff" else small_net(seed=seed)
     accumulate = 2 if name == "accumulated" else 1
     watch = [diary] if accumulate > 1 else [Liveness(), diary]
     used = trainer(pruning, *watch, *callbacks, epochs=2, accumulate_grad_batches=accumulate, **arguments)

@@ -52,6 +52,12 @@ def test_widths_are_those_of_one_process_where_scores_depend_on_no_data(results,
     assert results[name][0]["widths"] == widths(module)
 
 
+def test_what_one_process_cannot_cut_stays_in_both(results):
+    first, second = results["stiff"]
+    assert first["widths"] == second["widths"]
+    assert first["widths"][2] == 24
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_fit_of_two_processes_that_was_stopped_and_resumed_ends_like_one_that_was_not(results, name, rank):

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from lightning_prune import ChannelPruning, ConfigurationError, OneShot, load_pruned
+from lightning_prune.surgery import shrink, trace
+from tests.helpers import difference, masked_copy, random_keep, run
 
 
 class Stream(L.LightningModule):
@@ -72,3 +74,32 @@ def test_the_stream_goes_where_approximate_norms_are_allowed(tmp_path, shrink):
 def test_the_name_is_checked():
     with pytest.raises(ConfigurationError, match="approximate"):
         ChannelPruning(norms="aproximate")
+
+
+class OneHead(nn.Module):
+    """An attention that scales by the width of its queries, unless told otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(6, 10)
+        self.head, self.scale = nn.Linear(10, 3), None
+
+    def forward(self, x):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.head(nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scale))
+
+
+def test_the_scale_of_an_attention_follows_where_approximate_results_are_allowed():
+    net, x = OneHead(), torch.randn(2, 7, 6)
+    assert trace(net, x).widths == {"v": 10}
+    graph = trace(net, x, norms="approximate")
+    assert {name: (group.width, group.approximate) for name, group in graph.groups.items()} == {
+        "q": (8, True),
+        "v": (10, False),
+    }
+    keep = random_keep(graph)
+    masked = masked_copy(net, graph, keep)
+    masked.scale = 4**-0.5
+    expected = run(masked, x)
+    assert shrink(net, graph, keep).error < 1e-5
+    assert difference(expected, run(net, x)) < 1e-5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lightning_prune.graph.blocks import keep_positions
 from lightning_prune.graph.labels import LabelSpace, Plane, reshape_ids, settle
 from lightning_prune.graph.rules.pointwise import mark, merge
 from lightning_prune.graph.tracer import Call, Labelled, Planes, Rule
@@ -22,12 +23,15 @@ def sum_out(space: LabelSpace, planes: Planes, dim: int, protected: Planes) -> P
         protected: Labels of weights among the factors: where they are zeroed a removed summand is zero in any case.
     """
     result = []
+    weighed = any(p.ids.shape[dim] > 1 and p.zero for p in protected)
     for plane in planes:
+        if plane.zero or weighed:
+            plane = keep_positions(space, plane, (dim,))
         if plane.ids.shape[dim] == 1:
             result.append(plane)
         elif len(plane.dims) > 1:
             result.append(Plane(space.tie(plane.ids, (dim,)), plane.zero))
-        elif not any(p.ids.shape[dim] > 1 and p.zero for p in protected):
+        elif not weighed:
             if plane.zero:
                 space.mark(NEEDS_ZERO, plane.ids)
             else:
@@ -56,7 +60,17 @@ def _with_dim(operand: Labelled, dim: int) -> Labelled:
     return Labelled(tuple(shape), tuple(Plane(p.ids.unsqueeze(position), p.zero) for p in operand.planes))
 
 
+def _keep_last_positions(call: Call, batch: Tensor) -> None:
+    """Once a single position is left of every block of a batch, still no whole block goes where positions may."""
+    for plane in call.planes(batch):
+        if plane.dims == (0,) and 1 in batch.shape[1:] and call.space.prefers_inner(plane.ids):
+            call.space.freeze(plane.ids, "is the last position of every block")
+
+
 def _product(call: Call, first: Tensor, second: Tensor) -> Planes:
+    if first.dim() == 3:
+        _keep_last_positions(call, first)
+        _keep_last_positions(call, second)
     a = _insert(first, call.planes(first), -1)
     b = _insert(second, call.planes(second), -3)
     summed = contract(call, a, b, len(a.shape) - 2, (call.is_static(first), call.is_static(second)))
@@ -176,6 +190,7 @@ def grouped_product(
 
     image = tuple(map(joint_data, planes))
     filters = tuple(map(joint_weight, settle(call.space, call.planes(weight), kernel, None)))
+    image, filters = (tuple(keep_positions(call.space, p, (2, 3)) for p in planes) for planes in (image, filters))
     if groups > 1 and not any(plane.dims == (3,) for plane in image):  # then only whole groups can go
         filters = settle(call.space, filters, (2, 3) if transposed else (3,), None)
     a = Labelled((batch, groups, 1, per_group_in), image)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_prune.graph.blocks import share_blocks_only
 from lightning_prune.graph.labels import NEVER_ZERO, LabelSpace, Plane, align, varying
 from lightning_prune.graph.program import map_nested
 from lightning_prune.graph.tracer import Call, Labelled, Planes, Rule
@@ -43,6 +44,9 @@ def merge(
         for plane in operand.planes:
             carrier = _Carrier(align(plane, ndim), number)
             for other in [c for c in carriers if number not in c.members and _meet(c.ids, carrier.ids)]:
+                if (apart := share_blocks_only(space, other.ids, carrier.ids)) is not None:
+                    other.ids, carrier.ids = apart
+                    continue
                 all_static = bool(static) and all(static[i] for i in carrier.members | other.members)
                 carrier.ids = _combine(space, other.ids, carrier.ids, all_static)
                 carrier.members |= other.members
@@ -50,7 +54,7 @@ def merge(
                 carriers.remove(other)
             carriers.append(carrier)
     planes = []
-    for carrier in carriers:
+    for carrier in (c for c in carriers if varying(c.ids)):
         solid = [shape for number, shape in enumerate(shapes) if number not in carrier.members]
         ids = _against_solid(space, carrier.ids, solid)
         if ids is not None:
@@ -69,7 +73,8 @@ def _combine(space: LabelSpace, first: Tensor, second: Tensor, static: bool) -> 
     common = [d for d in dims_first if d in dims_second]
     outer, inner = (first, second) if len(dims_first) >= len(dims_second) else (second, first)
     outer_dims = dims_first if outer is first else dims_second
-    if len(outer_dims) > len(common) and outer_dims[0] not in common:
+    blocks_vary = len(outer_dims) > len(common) and outer_dims[0] not in common
+    if blocks_vary and not space.prefers_inner(first, second):
         # The smaller plane labels only inner positions (one weight shared by all blocks): whole blocks stay removable.
         space.freeze(inner, "is shared by all blocks of a dimension that is split")
         return space.tie(outer, common)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_prune.graph.blocks import keep_positions
 from lightning_prune.graph.labels import STATISTICS, ZEROED, Plane, settle
 from lightning_prune.graph.rules.contractions import NEEDS_ZERO
 from lightning_prune.graph.rules.pointwise import merge
@@ -45,13 +46,16 @@ def reduce(call: Call) -> list[Planes]:
     dims = _dims(call, source)
     keeps_dims = call.outputs[0].dim() == source.dim()
     result = []
+    may_go = call.space.approximate and call.name in _STATISTICS
     for plane in call.planes(source):
+        if call.space.any_inner and (may_go or (plane.zero and ignores_zeros(call))):
+            plane = keep_positions(call.space, plane, dims)
         inside = [d for d in plane.dims if d in dims]
         if inside and len(inside) == len(plane.dims):
             if plane.zero and ignores_zeros(call):
                 call.space.mark(ZEROED if call.static else NEEDS_ZERO, plane.ids)
                 continue
-            if call.space.approximate and call.name in _STATISTICS:
+            if may_go:
                 call.space.mark(STATISTICS, plane.ids)
                 continue
             call.space.freeze(plane.ids, f"is reduced over by {call.name}")

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_prune.errors import ConfigurationError
@@ -24,6 +25,8 @@ from lightning_prune.surgery.resize import replace
 KEY = "lightning_prune"
 """Where the record of pruning lies in a checkpoint."""
 VERSION = 1
+_COMPILED = "_orig_mod."
+"""What torch.compile puts into names."""
 
 Module = TypeVar("Module", bound=LightningModule)
 
@@ -107,7 +110,7 @@ def resize_to(
             with torch.no_grad():
                 tensor.copy_(unsaved[name])
     known = integer_settings(model)
-    derived = descriptions.settings({}) if descriptions is not None else {}
+    derived = descriptions.settings({}, guessing=True) if descriptions is not None else {}
     values = {**(undo or {}), **derived, **settings_of(record)}
     write_settings(model, {setting: value for setting, value in values.items() if setting in known})
 
@@ -256,8 +259,12 @@ def load_pruned(path: str | Path, model: type[Module] | Module, **kwargs: Any) -
         strict = kwargs.get("strict")
         return _load_into(model, checkpoint, model.strict_loading if strict is None else strict)
     # Read here for its record alone; mapped, so that a large file is not read twice.
-    record = _read(path, map_location="cpu", weights_only=safely, mmap=True).get(KEY, {})
-    with _resizing_load(model, record):
+    checkpoint = _read(path, map_location="cpu", weights_only=safely, mmap=True)
+    if "pytorch-lightning_version" not in checkpoint:
+        raise ConfigurationError(
+            f"{path} holds weights only, and no hyperparameters to make a {model.__name__} with: give an instance."
+        )
+    with _resizing_load(model, checkpoint.get(KEY, {})):
         return model.load_from_checkpoint(path, **kwargs)
 
 
@@ -274,21 +281,30 @@ def _read(path: str | Path, **how: Any) -> dict[str, Any]:
             f"the checkpoint {path} is damaged: it ends before its table of contents, as a file does whose writing was "
             f"cut short. Load an earlier checkpoint."
         ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ConfigurationError(
-            f"{path} is no checkpoint of a LightningModule: it holds no state_dict. A bare state dict is loaded once "
-            f'saved as torch.save({{"state_dict": ...}}, path).'
-        )
-    return checkpoint
+    if isinstance(checkpoint, dict) and "state_dict" in checkpoint:
+        return checkpoint
+    if isinstance(checkpoint, dict) and checkpoint and all(isinstance(v, Tensor) for v in checkpoint.values()):
+        return {"state_dict": checkpoint}
+    raise ConfigurationError(f"{path} is neither a checkpoint of a LightningModule nor a state_dict.")
 
 
 def _load_into(model: Module, checkpoint: dict[str, Any], strict: bool) -> Module:
     record = checkpoint.get(KEY, {})
+    if is_overridden("configure_model", model):
+        model.configure_model()
+    if not record:
+        checkpoint["state_dict"] = _named_as_in(model, checkpoint["state_dict"])
     refuse_foreign(model, checkpoint["state_dict"], record)
     resize_to(model, checkpoint["state_dict"], record)
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"], strict=strict)
     return model
+
+
+def _named_as_in(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with the model's own names, whichever of the two has parts that are compiled."""
+    own = {name.replace(_COMPILED, ""): name for name in model.state_dict()}
+    return {own.get(name.replace(_COMPILED, ""), name): value for name, value in state_dict.items()}
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.errors import ConfigurationError, PruneError
 from lightning_prune.graph.channels import ChannelGraph
+from lightning_prune.surgery.optimizer_state import doubtful_keys
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _LONG_RUN = 64
@@ -134,12 +135,12 @@ class Masks:
         Raises:
             PruneError: If a tensor to be zeroed is missing.
         """
-        optimizers = list(optimizers)
-        for name in self._masked_names(tensors):
-            parameter = tensors[name]
-            for state in (optimizer.state[parameter] for optimizer in optimizers if parameter in optimizer.state):
-                for value in state.values():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+        for optimizer in optimizers:
+            doubtful = doubtful_keys(optimizer)
+            for name in self._masked_names(tensors):
+                parameter = tensors[name]
+                for key, value in optimizer.state[parameter].items() if parameter in optimizer.state else ():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape and key not in doubtful:
                         self._fill(name, value)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -143,6 +143,10 @@ class PruningCallback(Callback, ABC):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # Those that save now do it before the module forgets of its record, not after: doing it twice does no harm.
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                callback.on_exception(trainer, pl_module, exception)
         self._release(pl_module)
 
     def _release(self, pl_module: LightningModule) -> None:
@@ -213,6 +217,22 @@ class PruningCallback(Callback, ABC):
         self._report = make_report(self._record, network, Request(self.remove, self.of))
         say(trainer, self._report.table())
         save_outcome(trainer, self._report, self.directory)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A fit resumed from the checkpoint of its very end has no batch left, and Lightning calls no hook of training
+        # in it. The process that wrote the checkpoint may have died before it came to what is due at the end.
+        if self._network is not None or not self._record:
+            return
+        self._probe = Probe(trainer, pl_module)
+        if self._probe.ready():
+            self._begin(trainer, pl_module)
+            self.on_train_end(trainer, pl_module)
+        else:
+            rank_zero_warn(
+                "this fit had no batch left to train on, and its data cannot be looked at without training: nothing "
+                "was removed at its end, and there is no report"
+            )
 
     # Steps of the lifecycle ------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_prune.callbacks.support import rewrap, shadows
+from lightning_prune.callbacks.support import nested_optimizers, rewrap, shadows
 from lightning_prune.checkpoint import original_settings_of, plain_settings, settings_of
 from lightning_prune.cost import CostModel, checkpoint_bytes
 from lightning_prune.errors import ShrinkError, TraceError
@@ -114,8 +114,8 @@ class Network:
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        """The torch optimizers of the fit."""
-        return list(self._trainer.optimizers)
+        """The torch optimizers of the fit, with those that they work through."""
+        return list(nested_optimizers(self._trainer.optimizers))
 
     def cost_function(self, measure: str) -> Callable[[Mapping[str, int]], float]:
         """Cost of the network with given widths, in ``params``, ``macs`` or ``latency`` (seconds, measured)."""

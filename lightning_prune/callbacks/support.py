@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple
 
 from lightning import LightningModule, Trainer
@@ -12,6 +13,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.errors import ConfigurationError
@@ -104,6 +106,19 @@ def rewrap(trainer: Trainer) -> None:
         strategy.model = strategy._setup_model(module)  # type: ignore[arg-type]
         strategy._register_ddp_hooks()
         strategy._pl_static_graph_delay_done = False
+
+
+def nested_optimizers(optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
+    """Optimizers and those that they hold as attributes, as ones do that refine the steps of another; each once."""
+    seen: set[int] = set()
+    pending = list(optimizers)
+    while pending:
+        optimizer = pending.pop(0)
+        if id(optimizer) in seen:
+            continue
+        seen.add(id(optimizer))
+        yield optimizer
+        pending += [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
 
 
 def shadows(pl_module: LightningModule) -> list[LightningModule]:

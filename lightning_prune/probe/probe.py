@@ -274,9 +274,11 @@ class Probe:
         return entered
 
     def _gradients_of(self, batch: Any, seed: int) -> dict[str, Tensor]:
-        wanted = {name: parameter for name, parameter in self._module.named_parameters() if parameter.requires_grad}
+        wanted = {name: p for name, p in self._module.named_parameters() if p.is_floating_point() or p.is_complex()}
         backward = LocalBackward(wanted.values()) if self._is_distributed() else nullcontext()
         with self._sandbox("training_step (gradients)", True, seed=seed) as record, torch.enable_grad(), backward:
+            for parameter in wanted.values():  # also of parts that are frozen now, which can be pruned all the same
+                parameter.requires_grad_(True)
             returned = self._training_step(copied(batch))
             if self._module.automatic_optimization:
                 torch.autograd.backward(self._loss_of(returned))

@@ -54,11 +54,13 @@ class Descriptions:
             if arguments is not None and _integers(arguments):
                 self._modules.append(Description(path, module, kind, arguments, shapes))
 
-    def settings(self, known: Mapping[Setting, Fraction]) -> dict[Setting, int]:
+    def settings(self, known: Mapping[Setting, Fraction], guessing: bool = False) -> dict[Setting, int]:
         """New values of descriptive attributes, now that tensors have another size.
 
         Args:
             known: Settings whose change (new value / old value) is already known, among them those that do not change.
+            guessing: Whether to try out what the shapes leave open (the groups of a depthwise convolution), and take
+                the first answer with which a module can be built that has these very shapes.
         """
         ratios: dict[str, dict[Argument, Fraction]] = defaultdict(dict)
         for setting, ratio in known.items():
@@ -70,7 +72,10 @@ class Descriptions:
                 if old == now:
                     continue
                 laws = _known_laws(kind, arguments, old)
-                for argument, ratio in _solve(laws, old, now, ratios[path]).items():
+                solved = _solve(laws, old, now, ratios[path])
+                if guessing:
+                    solved = _guessed(kind, arguments, laws, (old, now), solved)
+                for argument, ratio in solved.items():
                     value = ratio * _value(arguments, argument)
                     if value.denominator == 1:
                         result[Setting(path, *argument)] = int(value)
@@ -162,12 +167,16 @@ def _built_shapes(kind: type[nn.Module], arguments: Mapping[str, Any]) -> Shapes
 
 _LAWS: WeakKeyDictionary[type[nn.Module], dict[str, Laws]] = WeakKeyDictionary()
 
+_LAWS_KEPT = 512
+
 
 def _known_laws(kind: type[nn.Module], arguments: Mapping[str, Any], shapes: Shapes) -> Laws:
     """Laws are the same for all modules built alike."""
     known = _LAWS.setdefault(kind, {})
     key = f"{sorted(arguments.items(), key=lambda item: item[0])} {shapes}"
     if key not in known:
+        if len(known) >= _LAWS_KEPT:
+            known.clear()
         known[key] = _laws(kind, arguments, shapes)
     return known[key]
 
@@ -202,6 +211,27 @@ def _integers(arguments: Mapping[str, Any]) -> list[Argument]:
         elif isinstance(value, (tuple, list)):
             found.extend((name, i) for i, item in enumerate(value) if type(item) is int)
     return found
+
+
+def _guessed(
+    kind: type[nn.Module],
+    arguments: Mapping[str, Any],
+    laws: Laws,
+    shapes: tuple[Shapes, Shapes],
+    solved: Mapping[Argument, Fraction],
+) -> dict[Argument, Fraction]:
+    """The ratios, with those that the shapes leave open: such an argument stays, or goes with one that is solved."""
+    old, now = shapes
+    left = dict.fromkeys(argument for law in laws.values() for argument in law if argument not in solved)
+    for ratio in (Fraction(1), *dict.fromkeys(solved.values())):
+        for argument in left:
+            tried = {**solved, **_solve(laws, old, now, {**solved, argument: ratio}), argument: ratio}
+            changed: dict[str, Any] | None = dict(arguments)
+            for each, change in tried.items():
+                changed = None if changed is None else _scaled(changed, each, change)
+            if changed is not None and _built_shapes(kind, changed) == now:
+                return {each: change for each, change in tried.items() if change != 1}
+    return dict(solved)
 
 
 def _solve(laws: Laws, old: Shapes, new: Shapes, known: Mapping[Argument, Fraction]) -> dict[Argument, Fraction]:

@@ -12,6 +12,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils._pytree import tree_leaves
 
 from lightning_prune.graph.channels import ChannelGroup
+from lightning_prune.surgery.optimizer_state import doubtful_keys
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -129,12 +130,13 @@ def resize_optimizers(
             if optimizer.state:
                 _warn("LBFGS keeps its history for all parameters in one vector; it starts afresh")
             continue
+        doubtful = doubtful_keys(optimizer, shapes)
         for parameter, state in optimizer.state.items():
             name = names.get(id(parameter))
             if name is None:
                 continue
             shape = shapes[id(parameter)]
-            if all(_fits(value, shape) for value in state.values()):
+            if all(_fits(value, shape) and key not in doubtful for key, value in state.items()):
                 changes.append((state, {key: _cut_state(value, shape, cuts[name]) for key, value in state.items()}))
                 continue
             changes.append((state, {}))

@@ -406,7 +406,6 @@ def test_a_fit_that_a_signal_has_stopped_can_be_resumed(tmp_path):
         assert equal(resumed.state_dict(), whole.state_dict())
 
 
-@pytest.mark.xfail(reason="the file has no record, and the groups of a depthwise layer are not derived without one")
 def test_the_weights_saved_at_an_exception_load_at_their_width(tmp_path):
     class Crash(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

@@ -342,3 +342,69 @@ def test_state_that_cannot_be_cut_is_dropped_with_one_warning_for_each_parameter
     cut = ["net.0", "net.3.depthwise", "net.3.expand", "net.3.project", "net.4", "net.9"]
     assert said == [f"{name}.weight" for name in cut]
     assert all(len(used.optimizers[0].state[p]["left"][0]) == len(p) for p in module.parameters() if p.dim() > 1)
+
+
+class Preconditioned(torch.optim.Optimizer):
+    """Keeps a square matrix beside a momentum for every matrix, as second-order optimizers do."""
+
+    def __init__(self, params, lr=0.01):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                rows = parameter.reshape(len(parameter), -1)
+                if not state:
+                    state["pre"] = torch.eye(len(parameter))
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["pre"].lerp_(torch.eye(len(parameter)) * 2, 0.1)
+                torch.linalg.cholesky(state["pre"])
+                gradient = torch.linalg.solve(state["pre"], parameter.grad.reshape(rows.shape)).reshape(parameter.shape)
+                parameter.sub_(state["momentum"].mul_(0.9).add_(gradient), alpha=group["lr"])
+        return loss
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Steps through another optimizer that works on the same groups."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+        self.inner = torch.optim.Adam(self.param_groups, lr=0.01)
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+class Square(SmallNet):
+    """Two linear layers, the first of them square."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.net = torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(72, 16), torch.nn.ReLU(), torch.nn.Linear(16, 16), torch.nn.ReLU(),
+            torch.nn.Linear(16, 3),
+        )  # fmt: skip
+
+    def configure_optimizers(self):
+        return self.kind(self.parameters())
+
+
+@pytest.mark.parametrize("shrink", ["rounds", "end"])
+def test_square_state_is_not_taken_for_a_momentum(shrink):
+    callback = pruning(remove=0.25, scope="group", include=["net.3"], shrink=shrink)
+    module = Square(Preconditioned)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(callback, module=module)
+    dropped = [str(w.message) for w in caught if "starts afresh for that parameter" in str(w.message)]
+    assert any("net.3.weight" in message for message in dropped)
+    assert module.net[3].out_features == 12
+
+
+def test_an_optimizer_inside_another_one_is_cut_along():
+    module, _ = fit(pruning(scope="group"), Liveness(), module=Square(Lookahead))
+    assert module.net[3].out_features == 8

@@ -8,11 +8,10 @@ attributes among its arguments are the unknowns, and sizes that changed in that 
 from __future__ import annotations
 
 import itertools
-import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,103 +20,11 @@ from torch.overrides import TorchFunctionMode
 from lightning_prune.graph.analysis import Run
 from lightning_prune.graph.labels import user_line
 from lightning_prune.graph.program import is_observed, map_nested, unobserved
-from lightning_prune.graph.tracer import Event
+from lightning_prune.graph.tracer import Event, tensors_among
 from lightning_prune.surgery.check import Checker
+from lightning_prune.surgery.symbols import Guess, Setting, Symbol, resolve, symbols_in
 
 _MAX_ATTEMPTS = 200
-Guess = dict["Setting", int]
-
-
-class Setting(NamedTuple):
-    """One integer that a module remembers: an attribute, or one element of an attribute."""
-
-    module: str
-    attribute: str
-    element: int | None = None
-
-
-class Symbol(int):
-    """An int that knows from which settings it was computed, and how.
-
-    Attributes:
-        setting: The setting whose value it is; None for the result of an operation.
-        operation: Function and operands that it is the result of; None for a setting.
-    """
-
-    compared: ClassVar[list[tuple[Symbol, int]] | None] = None
-    """Where comparisons with symbols are noted, if anybody wants to know."""
-    setting: Setting | None = None
-    operation: tuple[Callable[[int, int], int], int, int] | None = None
-
-    def __eq__(self, other: object) -> bool:
-        """As for the integer."""
-        if Symbol.compared is not None and isinstance(other, int):
-            Symbol.compared.append((self, int(other)))
-        return int(self) == other
-
-    def __ne__(self, other: object) -> bool:
-        """As for the integer."""
-        return not self == other
-
-    __hash__ = int.__hash__
-
-    @classmethod
-    def of(cls, setting: Setting, value: int) -> Symbol:
-        """The symbol of one setting."""
-        symbol = cls(value)
-        symbol.setting = setting
-        return symbol
-
-    @property
-    def settings(self) -> frozenset[Setting]:
-        """Every setting that it depends on."""
-        if self.operation is not None:
-            return frozenset().union(*(o.settings for o in self.operation[1:] if isinstance(o, Symbol)))
-        return frozenset() if self.setting is None else frozenset([self.setting])
-
-    def evaluate(self, values: Mapping[Setting, int]) -> int:
-        """Its value under other settings; those that are not given keep theirs."""
-        if self.operation is not None:
-            function, first, second = self.operation
-            return function(resolve(first, values), resolve(second, values))
-        return int(self) if self.setting is None else values.get(self.setting, int(self))
-
-
-def _binary(function: Callable[[int, int], int], swapped: bool) -> Callable[[Symbol, Any], Any]:
-    def method(self: Symbol, other: Any) -> Any:
-        if not isinstance(other, int):
-            return NotImplemented
-        first, second = (other, self) if swapped else (self, other)
-        symbol = Symbol(function(int(first), int(second)))
-        symbol.operation = (function, first, second)
-        return symbol
-
-    return method
-
-
-for _name in ("add", "sub", "mul", "floordiv", "mod"):
-    setattr(Symbol, f"__{_name}__", _binary(getattr(operator, _name), False))
-    setattr(Symbol, f"__r{_name}__", _binary(getattr(operator, _name), True))
-
-
-def resolve(value: Any, values: Mapping[Setting, int]) -> Any:
-    """The plain value of a symbol (or a slice of symbols) under the given settings; anything else as it is."""
-    if isinstance(value, slice):
-        return slice(*(resolve(part, values) for part in (value.start, value.stop, value.step)))
-    return value.evaluate(values) if isinstance(value, Symbol) else value
-
-
-def _symbols(values: Iterable[Any]) -> Iterator[Symbol]:
-    """Every symbol in nested tuples, lists and mappings."""
-    for value in values:
-        if isinstance(value, Symbol):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from _symbols(value)
-        elif isinstance(value, dict):
-            yield from _symbols(value.values())
-        elif isinstance(value, slice):
-            yield from _symbols((value.start, value.stop, value.step))
 
 
 class UnsolvedError(Exception):
@@ -142,22 +49,17 @@ class UnsolvedError(Exception):
         return self.run.events[self.position] if self.run is not None and inside else None
 
 
-@contextmanager
-def comparisons() -> Iterator[list[tuple[Symbol, int]]]:
-    """Inside, comparisons of symbols with other integers are noted."""
-    before, Symbol.compared = Symbol.compared, []
-    try:
-        yield Symbol.compared
-    finally:
-        Symbol.compared = before
+class _OmittedError(Exception):
+    """A call executed nothing where the record has an operator with its numbers.
 
+    Args:
+        result: What it returned.
+    """
 
-def missed(compared: Sequence[tuple[Symbol, int]]) -> Guess:
-    """What the last setting that was found to differ from a size would have to be."""
-    for symbol, other in reversed(compared):
-        if symbol.setting is not None and int(symbol) != other > 0:
-            return {symbol.setting: other}
-    return {}
+    def __init__(self, result: Any) -> None:
+        """See the class."""
+        super().__init__("it does nothing at this width")
+        self.result = result
 
 
 class Solver(TorchFunctionMode):
@@ -185,12 +87,17 @@ class Solver(TorchFunctionMode):
         if not is_observed():
             return func(*args, **(kwargs or {}))
         arguments = (args, kwargs or {})
-        settings = set().union(*(symbol.settings for symbol in _symbols((args, *arguments[1].values()))))
+        settings = set().union(*(symbol.settings for symbol in symbols_in((args, *arguments[1].values()))))
         used_before = self.used & settings
         self.used |= settings
         start = self.checker.position
         try:
-            return self._attempt(func, arguments, self.values, start) if settings else func(*args, **arguments[1])
+            if not settings:
+                return func(*args, **arguments[1])
+            result = self._attempt(func, arguments, self.values, start)
+            if self._omits(arguments, start):
+                raise _OmittedError(result)
+            return result
         except UnsolvedError:
             raise
         except Exception as error:
@@ -203,9 +110,24 @@ class Solver(TorchFunctionMode):
                 self.values.update(guess)
                 self.revised |= not used_before.isdisjoint(guess)
                 return result
+            if isinstance(error, _OmittedError):
+                return error.result
             name = getattr(func, "__name__", str(func))
             reason = f"{name} cannot follow a change of width: {error} ({user_line()})"
             raise UnsolvedError(failed_at, reason) from error
+
+    def _omits(self, arguments: Any, start: int) -> bool:
+        """Whether a call executed nothing where it probably should have, as a slice up to the very end does."""
+        expected = self.checker.expected(start)
+        if expected is None or self.checker.position != start or not expected.inputs:
+            return False
+        given = tensors_among((*arguments[0], *arguments[1].values()))
+        if not given or tuple(given[0].shape) != expected.inputs[0].shape:
+            return False
+        values = {int(symbol) for symbol in symbols_in((*arguments[0], *arguments[1].values()))}
+        sizes = (size for size in self.checker.recorded[start].sizes if isinstance(size, tuple))
+        recorded = {value for _, value in sizes if isinstance(value, int)}
+        return not values.isdisjoint(recorded)
 
     def _attempt(self, func: Any, arguments: Any, values: Mapping[Setting, int], start: int) -> Any:
         self.checker.position = start

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_prune.surgery.attributes import Setting
+from lightning_prune.surgery.symbols import Setting
 
 Shapes = dict[str, tuple[int, ...]]
 Argument = tuple[str, int | None]

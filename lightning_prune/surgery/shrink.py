@@ -17,8 +17,9 @@ from lightning_prune.graph.channels import ChannelGraph, ChannelGroup
 from lightning_prune.graph.inner import chosen_places, without_effect
 from lightning_prune.graph.program import Example, Inputs, Program, forget_caches, module_programs, uncollected
 from lightning_prune.graph.tracer import named_leaves
-from lightning_prune.surgery.attributes import Setting, UnsolvedError
+from lightning_prune.surgery.attributes import UnsolvedError
 from lightning_prune.surgery.resize import Cut, resize_optimizers
+from lightning_prune.surgery.symbols import Setting
 from lightning_prune.surgery.transaction import applied
 from lightning_prune.surgery.trial import settle_groups
 from lightning_prune.surgery.verify import Scales, largest_difference, masked_outputs, outputs

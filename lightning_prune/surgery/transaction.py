@@ -15,18 +15,16 @@ from lightning_prune.graph.rehearsal import NumbersNeededError
 from lightning_prune.graph.tracer import Memory, run_traced
 from lightning_prune.surgery.attributes import (
     Remembered,
-    Setting,
     Solver,
     UnsolvedError,
-    comparisons,
     integer_settings,
-    missed,
     symbolic,
     write_settings,
 )
 from lightning_prune.surgery.check import Checker, Expectation
 from lightning_prune.surgery.constructors import Descriptions
 from lightning_prune.surgery.resize import Cut, Saved, plan_cuts, resize, restore
+from lightning_prune.surgery.symbols import Setting, comparisons, missed
 
 
 def kept_labels(analysis: Analysis, keep: Mapping[str, Tensor]) -> Tensor:

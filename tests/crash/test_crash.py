@@ -146,10 +146,3 @@ def test_other_faults_of_a_file_keep_their_names(tmp_path, checkpoint):
     for model in (SmallNet, small_net()):
         with pytest.raises(Exception, match="Weights only load failed"):
             load_pruned(tmp_path / "unsafe.ckpt", model)
-
-
-def test_a_file_that_is_no_checkpoint_is_refused_in_words(tmp_path):
-    torch.save(small_net().state_dict(), tmp_path / "bare.pt")
-    for model in (SmallNet, small_net()):
-        with pytest.raises(ConfigurationError, match=r"bare\.pt is no checkpoint of a LightningModule"):
-            load_pruned(tmp_path / "bare.pt", model)

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_prune.surgery.attributes import Setting, Symbol, integer_settings, resolve, symbolic, write_settings
+from lightning_prune.surgery.attributes import integer_settings, symbolic, write_settings
 from lightning_prune.surgery.constructors import Descriptions
 from lightning_prune.surgery.resize import replace
+from lightning_prune.surgery.symbols import Setting, Symbol, resolve
 
 HEADS, DIM = Setting("m", "heads"), Setting("m", "sizes", 1)
 Pair = namedtuple("Pair", ["first", "second"])

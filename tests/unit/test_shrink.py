@@ -17,7 +17,7 @@ from lightning_prune.graph.labels import Plane
 from lightning_prune.graph.program import Program
 from lightning_prune.graph.rules import _USER_RULES, register_rule
 from lightning_prune.surgery import Shrunk, resized, shrink, trace, trace_programs
-from lightning_prune.surgery.attributes import Setting
+from lightning_prune.surgery.symbols import Setting
 from tests.helpers import Net, difference, disagreeing_attributes, masked_copy, random_keep, randomise, run
 
 
@@ -686,3 +686,19 @@ class TestSelections:
         network = Net(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 3))
         graph = trace(network, torch.randn(5, 4))
         assert "a" not in graph.groups
+
+
+def test_a_slice_that_reaches_the_very_end_after_the_cut_is_solved_all_the_same() -> None:
+    def forward(net, x):
+        h = F.relu(net.a(x))
+        return net.b(h[:, : net.size]) + net.c(h[:, net.size :])
+
+    network = Net(forward, a=nn.Linear(4, 10), b=nn.Linear(8, 3), c=nn.Linear(2, 3), size=8)
+    inputs = torch.randn(3, 4)
+    graph = trace(network, inputs)
+    graph.evidence.laws.clear()  # else what the trial cut taught would say it
+    first = next(name for name, width in graph.widths.items() if width == 8)
+    masked = run(masked_copy(network, graph, {first: torch.arange(6)}), inputs)
+    shrink(network, graph, {first: torch.arange(6)})  # 6 + 2 channels are left: as many as the slice was long
+    assert network.size == 6
+    assert difference(masked, run(network, inputs)) <= 1e-5

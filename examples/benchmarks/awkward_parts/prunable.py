@@ -1,4 +1,4 @@
-"""What to expect of each awkward network: what share of its parameters a cut may reach, and what stays whole and why."""
+"""What to expect of each awkward network: what share of its parameters may go, and what stays whole and why."""
 
 from __future__ import annotations
 

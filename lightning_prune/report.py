@@ -87,6 +87,7 @@ class PruneReport:
         refused: Parts that stayed whole, with the reason.
         notes: Remarks that the reader must not miss.
         history: The rounds, in order.
+        weights: Number of weights of every tensor with single weights off, before and after.
 
     Example:
         >>> report = PruneReport(
@@ -115,6 +116,7 @@ class PruneReport:
     refused: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
     history: tuple[Round, ...] = ()
+    weights: tuple[GroupWidth, ...] = ()
 
     def table(self) -> str:
         """The report as plain text, at most 100 columns wide."""
@@ -122,12 +124,11 @@ class PruneReport:
 
     def _paragraphs(self) -> Iterator[str]:
         if self.groups:
-            rows = [
-                (shortened(g.name, 60), str(g.before), str(g.after), removed(g.before, g.after)) for g in self.groups
-            ]
-            yield "\n".join(aligned([("channel group", "before", "after", "removed"), *rows]))
-        else:
+            yield "\n".join(aligned([("channel group", "before", "after", "removed"), *map(_row, self.groups)]))
+        elif not self.weights:
             yield "no channel group: nothing in this network can be pruned"
+        if self.weights:
+            yield "\n".join(aligned([("weights of", "before", "kept", "removed"), *map(_row, self.weights)]))
         yield "\n".join(aligned([("whole network", "before", "after", "removed"), *self._totals()]))
         if outcome := list(self._outcome()):
             yield "\n".join(outcome)
@@ -164,7 +165,9 @@ class PruneReport:
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["kind", "name", "before", "after", "removed"])
-            rows = [("group", *group) for group in self.groups] + [("total", *row) for row in self._measured()]
+            rows: list[tuple[str, str, float, float]] = [("group", *group) for group in self.groups]
+            rows += [("weights", *row) for row in self.weights]
+            rows += [("total", *row) for row in self._measured()]
             for kind, name, before, after in rows:
                 writer.writerow([kind, name, before, after, round(1 - after / before, 6) if before else ""])
 
@@ -180,6 +183,7 @@ class PruneReport:
             "refused": [refusal._asdict() for refusal in self.refused],
             "notes": list(self.notes),
             "history": [event._asdict() for event in self.history],
+            "weights": [row._asdict() for row in self.weights],
         }
 
     @classmethod
@@ -204,6 +208,7 @@ class PruneReport:
                 refused=tuple(Refusal(**refusal) for refusal in values["refused"]),
                 notes=tuple(values["notes"]),
                 history=tuple(Round(**event) for event in values["history"]),
+                weights=tuple(GroupWidth(**row) for row in values.get("weights", ())),
             )
         except (KeyError, TypeError) as error:
             raise ConfigurationError(f"This pruning report is damaged: {error}.") from error
@@ -279,6 +284,10 @@ class PruneReport:
             return [f"widths.png was left out. {error}"]
         figure.savefig(folder / "widths.png", dpi=120)
         return []
+
+
+def _row(entry: GroupWidth) -> tuple[str, str, str, str]:
+    return shortened(entry.name, 60), str(entry.before), str(entry.after), removed(entry.before, entry.after)
 
 
 def _arrow(before: str, after: str) -> str:

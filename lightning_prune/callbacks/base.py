@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -13,7 +13,6 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
@@ -21,17 +20,19 @@ from typing_extensions import override
 from lightning_prune.budget import check_fraction
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.outcome import log_final_metrics, log_metrics, make_report, save_outcome
+from lightning_prune.callbacks.rewinding import rewind, taken_down
 from lightning_prune.callbacks.support import (
     check_schedule,
     last_position_of,
     position_of,
     refuse_unsupported,
+    reset_early_stopping,
     say,
     shadows,
 )
 from lightning_prune.checkpoint import VERSION, put_record, unwrap_hooks, wrap_hooks
 from lightning_prune.choices import unknown_name
-from lightning_prune.errors import BudgetError, ConfigurationError, PruneError, ShrinkError
+from lightning_prune.errors import ConfigurationError, PruneError, ShrinkError
 from lightning_prune.graph.analysis import Norms
 from lightning_prune.probe import Probe
 from lightning_prune.reinit import Keep, Reinit, ReinitName, reinit_from
@@ -39,14 +40,19 @@ from lightning_prune.report import PruneReport, Request
 from lightning_prune.schedules import Position, Schedule, ScheduleName, schedule_from
 
 Shrink = Literal["rounds", "end", "never"]
+EarlyStoppingChoice = Literal["keep", "reset"]
 
 
 class PruningCallback(Callback, ABC):
     """Base of the callbacks that decide what goes: rounds on a schedule, masks, shrinking, checkpoints, report.
 
-    A subclass scores and selects in :meth:`select`; everything else has a default. See
-    :class:`~lightning_prune.ChannelPruning` for the arguments.
+    A subclass does a round in :meth:`carry_out`; everything else has a default. Methods that choose channels start from
+    :class:`~lightning_prune.callbacks.groups.ChannelCallback`. See :class:`~lightning_prune.ChannelPruning` for the
+    arguments.
     """
+
+    rewind_to: int | None = None
+    """Optimizer step to which optimizers and schedules go back after each round; None lets them go on."""
 
     def __init__(
         self,
@@ -61,6 +67,7 @@ class PruningCallback(Callback, ABC):
         seed: int,
         directory: str | None,
         inner: Sequence[str] | None = None,
+        early_stopping: EarlyStoppingChoice = "keep",
     ) -> None:
         """Check what can be checked without a network."""
         self.remove = check_fraction(remove)
@@ -74,12 +81,15 @@ class PruningCallback(Callback, ABC):
         self.seed = seed
         self.directory = directory
         self.inner = inner
+        self.early_stopping = early_stopping
         self._schedule = schedule_from(schedule)
         self._reinit = reinit_from(reinit)
         if shrink not in ("rounds", "end", "never"):
             raise unknown_name("shrink", shrink, ["rounds", "end", "never"])
         if norms not in ("exact", "approximate"):
             raise unknown_name("norms", norms, ["exact", "approximate"])
+        if early_stopping not in ("keep", "reset"):
+            raise unknown_name("choice for early_stopping", early_stopping, ["keep", "reset"])
         if recalibrate < 0:
             raise ConfigurationError(f"recalibrate is a number of batches, so at least 0, but is {recalibrate}.")
         self._record: dict[str, Any] = {}
@@ -94,16 +104,24 @@ class PruningCallback(Callback, ABC):
     # What a method decides -------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def select(self, network: Network, level: float) -> dict[str, Tensor]:
-        """Choose the units to keep.
+    def carry_out(self, network: Network, level: float) -> None:
+        """Choose what goes in this round, and remove or mask it, in all processes alike.
 
         Args:
             network: The network as it is.
             level: Share of the budget that must be reached by this round, in (0, 1].
-
-        Returns:
-            For each group that may be cut a bool mask of shape ``[units]``, True = keep.
         """
+
+    @abstractmethod
+    def removed(self, network: Network) -> float:
+        """Fraction removed so far, in the measure of the budget."""
+
+    def can_prune(self, network: Network) -> bool:
+        """Whether there is anything in the network that may go."""
+        return bool(network.graph.groups)
+
+    def before_the_end(self, network: Network) -> None:
+        """Last changes of the masks before what is masked is removed; only called with ``shrink="end"``."""
 
     def prepare(self, network: Network) -> None:
         """Look at the network once before training; raise if the budget cannot work on it."""
@@ -200,7 +218,7 @@ class PruningCallback(Callback, ABC):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._network is not None:
-            self._network.masks.apply_gradients(self._network.tensors)
+            self._network.mask_gradients()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -211,6 +229,7 @@ class PruningCallback(Callback, ABC):
         # What was due after the last batch had started.
         changed = self._round_if_due(trainer, last_position_of(trainer))
         if self.shrink == "end":
+            self.before_the_end(network)
             changed |= self._shrink_at_end(network)
         if changed:
             log_final_metrics(trainer, self._record["now"])
@@ -255,23 +274,26 @@ class PruningCallback(Callback, ABC):
     def _start_record(self, network: Network) -> None:
         fresh = {"version": VERSION, "level": 0.0, "target": 0.0, "rounds": [], "before": asdict(network.totals())}
         self._record.update(fresh, original=dict(network.original))
-        if not network.graph.groups:
+        if not self.can_prune(network):
             reasons = "; ".join(f"{path}: {reason}" for path, reason in network.graph.refused[:5])
             name = type(network.module).__name__
             rank_zero_warn(f"nothing in {name} can be pruned, training goes on without it ({reasons})")
         else:
             self.prepare(network)
+            if self._reinit.needs_origin:
+                network.remember()
         self._note(network)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._network is not None:
-            self._network.masks.apply(self._network.tensors)
+            self._network.mask_weights()
 
     def _round_if_due(self, trainer: Trainer, position: Position) -> bool:
         """Do now what should be done by this position and is not, according to the record."""
         network = self._network
-        if network is None or not network.graph.groups:
+        if network is None or not self.can_prune(network):
             return False
+        self._take_down_if_due(trainer, network)
         level = self._schedule.level(position, self.remove)
         if level <= self._record["level"] and level * self.remove <= self._record["target"]:
             return False
@@ -280,16 +302,21 @@ class PruningCallback(Callback, ABC):
 
     def _round(self, trainer: Trainer, network: Network, level: float) -> None:
         """Select, mask, shrink, reinitialise, re-estimate, and take note."""
+        if self.rewind_to is not None and "rewind" not in self._record:
+            raise ConfigurationError(
+                f"the first round is at step {trainer.global_step}, before step {self.rewind_to} that it should rewind "
+                f"to. Train longer, have fewer rounds, or give rewind_to an earlier step."
+            )
         network.refresh()
-        keep = self._selected(trainer, network, level, {})
-        if self.shrink == "rounds":
-            self._shrink(trainer, network, level, keep)
-        else:
-            network.masks.set(keep)
-            network.hold_masks()
+        self.carry_out(network, level)
         self._reinitialise(network)
+        if self.rewind_to is not None:
+            rewind(trainer, network.module, self._record["rewind"])
+            network.hold_masks()
         if self.recalibrate:
             network.probe.reestimate_batch_norm(self.recalibrate)
+        if self.early_stopping == "reset":
+            reset_early_stopping(trainer)
         self._record.update(level=level, target=level * self.remove)
         self._note(network)
         network.rewrap()
@@ -297,30 +324,13 @@ class PruningCallback(Callback, ABC):
         self._record["rounds"].append([trainer.current_epoch, trainer.global_step, removed])
         say(trainer, f"pruned {removed:.1%} of the {self.of} so far (epoch {trainer.current_epoch})")
 
-    def _selected(
-        self, trainer: Trainer, network: Network, level: float, otherwise: Mapping[str, Tensor]
-    ) -> Mapping[str, Tensor]:
-        """The units to keep; where groups that must stay put the budget out of reach, what there is otherwise."""
-        try:
-            keep: Mapping[str, Tensor] = self.select(network, level)
-        except BudgetError as problem:
-            if not network.whole:
-                raise
-            rank_zero_warn(f"with {', '.join(network.whole)} as wide as it is this round misses its budget: {problem}")
-            keep = {name: mask for name, mask in otherwise.items() if name in network.graph.groups}
-        return trainer.strategy.broadcast(keep, src=0)
-
-    def _shrink(self, trainer: Trainer, network: Network, level: float, keep: Mapping[str, Tensor]) -> None:
-        """Remove channels; where some cannot go after all, others go instead."""
-        while True:
-            try:
-                network.shrink(keep, self.verify)
-                return
-            except ShrinkError as problem:
-                if not network.give_up(problem):
-                    raise
-                rank_zero_warn(f"{problem}. Training goes on with {', '.join(problem.groups)} as wide as it is.")
-            keep = self._selected(trainer, network, level, keep)
+    def _take_down_if_due(self, trainer: Trainer, network: Network) -> None:
+        """Remember the network, its optimizers and schedules at the step that is rewound to."""
+        if self.rewind_to is None or "rewind" in self._record or trainer.global_step < self.rewind_to:
+            return
+        network.remember()
+        self._record["rewind"] = taken_down(trainer, network.module)
+        self._record.update(network.state())
 
     def _shrink_at_end(self, network: Network) -> bool:
         """Remove what is masked, as far as that is possible; whether anything has changed."""
@@ -342,12 +352,16 @@ class PruningCallback(Callback, ABC):
     def _reinitialise(self, network: Network) -> None:
         if isinstance(self._reinit, Keep):
             return
-        kept = self._reinit(network.module, list(network.tensors), self.generator("reinit"))
+        kept = self._reinit(
+            network.module, list(network.tensors), self.generator("reinit"), network.origin, network.surviving()
+        )
         if kept:
-            rank_zero_warn(f"these parameters have no reset_parameters of their own and were kept: {', '.join(kept)}")
+            rank_zero_warn(
+                f"no new value is known for {', '.join(kept)} (their modules have no reset_parameters): they were kept"
+            )
         for optimizer in network.optimizers:
             optimizer.state.clear()
-        network.masks.apply(network.tensors)
+        network.mask_weights()
 
     def generator(self, purpose: str) -> torch.Generator:
         """A source of randomness that is the same in all processes and in a resumed run."""
@@ -364,7 +378,3 @@ class PruningCallback(Callback, ABC):
             "macs": network.cost_function("macs")(kept),
         }
         self._record.update(network.state(), now=now)
-
-    def removed(self, network: Network) -> float:
-        """Fraction removed so far, in the measure of the budget."""
-        return 0.0

@@ -11,7 +11,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.budget import Limits, Scope, check_fraction, select
-from lightning_prune.callbacks.base import PruningCallback, Shrink
+from lightning_prune.callbacks.base import EarlyStoppingChoice, Shrink
+from lightning_prune.callbacks.groups import ChannelCallback
 from lightning_prune.callbacks.network import Network
 from lightning_prune.choices import unknown_name
 from lightning_prune.criteria import Criterion, CriterionName, criterion_from, normalise
@@ -24,7 +25,7 @@ from lightning_prune.schedules import Schedule, ScheduleName
 Measure = Literal["channels", "params", "macs", "latency"]
 
 
-class ChannelPruning(PruningCallback):
+class ChannelPruning(ChannelCallback):
     """Removes the least important channels while the network trains, and hands back a smaller network.
 
     Channels are found by running the module on a real batch; what belongs together goes together, and what cannot be
@@ -48,7 +49,9 @@ class ChannelPruning(PruningCallback):
         ratios: Fraction of channels to remove for the groups that match a pattern; the others meet the budget.
         round_to: Widths become multiples of this.
         min_channels: Fewest channels of a group, as a number or as a share of its width in (0, 1).
-        reinit: What becomes of the weights after each round: ``"keep"``, or ``"random"``.
+        reinit: What becomes of the weights after each round: ``"keep"``, ``"random"`` (drawn anew), something of the
+            initial weights (``"rewind"``, ``"sign"``, ``"distribution"``, ``"magnitude"``, ``"sign+distribution"``),
+            or a :class:`~lightning_prune.Reinit`.
         shrink: Remove channels physically at each round (``"rounds"``), when training ends (``"end"``; masked until
             then), or not at all (``"never"``; nothing gets faster).
         norms: ``"exact"`` keeps whole what a layer, group or RMS norm takes its statistics over, such as the residual
@@ -62,6 +65,8 @@ class ChannelPruning(PruningCallback):
         seed: Seed of random criteria and reinitialisations.
         directory: Where the final checkpoint ``pruned.ckpt`` and the report are written; default: beside the
             checkpoints of the fit's ``ModelCheckpoint``, if it has one.
+        early_stopping: Whether an ``EarlyStopping`` in the fit goes on comparing after a round with what it saw before
+            (``"keep"``), or waits anew (``"reset"``).
 
     Raises:
         ConfigurationError: If an argument is wrong, or can have no effect in this fit.
@@ -92,8 +97,11 @@ class ChannelPruning(PruningCallback):
         recalibrate: int = 0,
         seed: int = 0,
         directory: str | None = None,
+        early_stopping: EarlyStoppingChoice = "keep",
     ) -> None:
-        super().__init__(remove, of, schedule, reinit, shrink, norms, verify, recalibrate, seed, directory, inner)
+        super().__init__(
+            remove, of, schedule, reinit, shrink, norms, verify, recalibrate, seed, directory, inner, early_stopping
+        )
         if of not in ("channels", "params", "macs", "latency"):
             raise unknown_name("measure", of, ["channels", "params", "macs", "latency"])
         if scope not in ("global", "group", "isomorphic"):

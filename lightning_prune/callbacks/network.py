@@ -23,7 +23,8 @@ from lightning_prune.probe import Probe
 from lightning_prune.report import Totals
 from lightning_prune.surgery import Shrunk, keep_whole, resized, shrink, trace_programs
 from lightning_prune.surgery.attributes import integer_settings, write_settings
-from lightning_prune.surgery.resize import resize
+from lightning_prune.surgery.resize import read, resize
+from lightning_prune.weight_masks import WeightMasks
 
 
 class Network:
@@ -40,6 +41,8 @@ class Network:
     Attributes:
         graph: The present channel graph.
         masks: The units that are off.
+        weights: The single weights that are off.
+        origin: Parameters and buffers as they once were, at their present sizes; empty until :meth:`remember`.
         tensors: Parameters and buffers by full name.
         original: Width of every group before any pruning.
         whole: Groups that turned out in this training to be impossible to cut any further, with their widths.
@@ -64,6 +67,8 @@ class Network:
         self._original_settings = original_settings_of(record)
         self._cut: set[str] = set(record.get("cut", ()))
         self.whole: dict[str, int] = dict(record.get("whole", {}))
+        self.origin: dict[str, Tensor] = dict(record.get("origin", {}))
+        self.weights = WeightMasks(record.get("weights", {}))
         self._trace()
         self.original: dict[str, int] = {**self.graph.widths, **record.get("original", {})}
         self._mask(record.get("masks", {}))
@@ -97,6 +102,8 @@ class Network:
         return {
             "original": dict(self.original),
             "masks": {name: mask.clone() for name, mask in self.masks.keep.items()},
+            "weights": self.weights.state_dict(),
+            "origin": {name: value.clone() for name, value in self.origin.items()},
             "settings": plain_settings(self._settings, self._original_settings),
             "cut": sorted(self._cut),
             "whole": dict(self.whole),
@@ -160,10 +167,53 @@ class Network:
 
     def hold_masks(self) -> None:
         """Zero what is off, in the weights, in averages of them, and in the optimizers' state."""
-        self.masks.apply(self.tensors)
+        self.mask_weights()
         for copy in shadows(self.module):
-            self.masks.apply(named_leaves(copy))
+            tensors = named_leaves(copy)
+            self.masks.apply(tensors)
+            self.weights.apply(tensors)
         self.masks.apply_optimizer_state(self.tensors, self.optimizers)
+        self.weights.apply_optimizer_state(self.tensors, self.optimizers)
+
+    def remember(self) -> None:
+        """Take down what parameters and buffers are now."""
+        self.origin = {name: tensor.detach().cpu().clone() for name, tensor in self.tensors.items()}
+
+    def surviving(self) -> dict[str, Tensor]:
+        """Bool masks of the entries that belong to no channel that is off, and are not off themselves."""
+        kept = {name: torch.ones(tensor.shape, dtype=torch.bool) for name, tensor in self.tensors.items()}
+        for name, group in self.graph.groups.items():
+            off = ~self.masks.keep[name]
+            for slot in group.slots if bool(off.any()) else ():
+                kept[slot.tensor].index_fill_(slot.dim, slot.positions(off), False)
+        for name, mask in self.weights.keep.items():
+            kept[name] &= mask
+        return kept
+
+    def living_units(self) -> dict[str, Tensor]:
+        """For each group which units still have a weight among those that are zero where they are off; at least one."""
+        living = {}
+        for name, group in self.graph.groups.items():
+            entries = [slot.gather(self.tensors[slot.tensor].detach()) for slot in group.off]
+            alive = torch.stack([(part != 0).any(1) for part in entries]).any(0).cpu() if entries else None
+            if alive is not None:
+                alive[0] |= not bool(alive.any())
+                living[name] = alive
+        return living
+
+    def mask_weights(self) -> None:
+        """Zero what is off."""
+        self.masks.apply(self.tensors)
+        self.weights.apply(self.tensors)
+
+    def mask_gradients(self) -> None:
+        """Zero the gradients of what is off."""
+        self.masks.apply_gradients(self.tensors)
+        self.weights.apply_gradients(self.tensors)
+
+    def broadcast(self, keep: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What the first process has chosen."""
+        return self._trainer.strategy.broadcast(keep, src=0)
 
     def rewrap(self) -> None:
         """Give the strategy a wrapper that knows the parameters as they are now.
@@ -195,6 +245,8 @@ class Network:
             tensors = {**named_leaves(copy), **loose_tensors(copy)}
             resize(tensors, {name: cuts for name, cuts in result.cuts.items() if name in tensors})
             write_settings(copy, result.settings)
+        self.weights.cut(result.cuts)
+        self.origin.update({n: read(self.origin[n], axes) for n, axes in result.cuts.items() if n in self.origin})
         self._settings.update(result.settings)
         self._original_settings = {**{s: before[s] for s in result.settings}, **self._original_settings}
         self._cut.update(result.cuts)

@@ -42,14 +42,20 @@ def make_report(record: Mapping[str, Any], network: Network, requested: Request)
         reached=record["now"]["removed"],
         refused=tuple(network.graph.refused),
         notes=tuple(_notes(record, network)),
+        weights=tuple(GroupWidth(name, record["eligible"][name], kept) for name, kept in network.weights.kept.items()),
         history=tuple(Round(int(epoch), int(step), float(share)) for epoch, step, share in record["rounds"]),
     )
 
 
 def _notes(record: Mapping[str, Any], network: Network) -> list[str]:
     notes = []
-    if record["level"] < 1 and network.graph.groups:
+    if record["level"] < 1 and (network.graph.groups or network.weights.keep):
         notes.append("the fit ended before the last round of the schedule, so the budget was not reached")
+    if network.weights.keep:
+        notes.append(
+            "weights that are off are zeros inside tensors, and dense kernels compute with them all the same: only "
+            "channels that were removed make the network smaller and faster"
+        )
     if any(not bool(mask.all()) for mask in network.masks.keep.values()):
         notes.append("masks only: nothing got smaller or faster; set shrink='end' or shrink='rounds' for that")
     count = sum(group.approximate for group in network.graph.groups.values())

@@ -1,4 +1,4 @@
-"""What matters: criteria that score the units of a channel group."""
+"""What matters: criteria that score the units of a channel group, or single weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ from lightning_prune.criteria.norms import Norm
 from lightning_prune.criteria.random import Random
 from lightning_prune.criteria.scale import BatchNormScale
 from lightning_prune.criteria.taylor import Taylor
+from lightning_prune.criteria.weights import (
+    LAMP,
+    SNIP,
+    Magnitude,
+    RandomWeights,
+    WeightCriterion,
+    WeightCriterionName,
+    weight_criterion_from,
+)
 
 CriterionName = Literal["l1", "l2", "bn_scale", "taylor", "fpgm", "random"]
 
@@ -46,12 +55,19 @@ def criterion_from(criterion: CriterionName | Criterion) -> Criterion:
 
 __all__ = [
     "FPGM",
+    "LAMP",
+    "SNIP",
     "BatchNormScale",
     "Criterion",
     "CriterionName",
+    "Magnitude",
     "Norm",
     "Random",
+    "RandomWeights",
     "Taylor",
+    "WeightCriterion",
+    "WeightCriterionName",
     "criterion_from",
     "normalise",
+    "weight_criterion_from",
 ]

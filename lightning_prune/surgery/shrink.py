@@ -255,6 +255,8 @@ def keep_whole(graph: ChannelGraph, reasons: Mapping[str, str]) -> ChannelGraph:
     roots = {name: analysis.units[name] for name in whole}
     for name in whole:
         analysis.freeze(roots[name], reasons[name])
+    known = analysis.groups.keys()
+    analysis.laws = {s: law for s, law in analysis.laws.items() if known >= {name for name, _ in law.per_unit}}
     return analysis.graph() if whole else graph
 
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_prune import Cosine, Cubic, Geometric, Linear, OneShot
+from lightning_prune import (
+    ChannelLotteryTicket,
+    ChannelPruning,
+    Cosine,
+    Cubic,
+    Geometric,
+    Linear,
+    LotteryTicket,
+    OneShot,
+    PruningCallback,
+    WeightPruning,
+)
 
 
 @dataclass(frozen=True)
@@ -14,19 +25,24 @@ class Row:
 
     Args:
         name: How pytest calls it.
-        arguments: Arguments of ``ChannelPruning``.
+        arguments: Arguments of the method.
+        method: The callback.
     """
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
+    method: type[PruningCallback] = ChannelPruning
+
+    def callback(self):
+        return self.method(**self.arguments)
 
     @property
     def shrinks_in_fit(self):
-        return self.arguments.get("shrink", "rounds") == "rounds"
+        return self.callback().shrink == "rounds"
 
     @property
     def shrinks(self):
-        return self.arguments.get("shrink", "rounds") != "never"
+        return self.callback().shrink != "never"
 
 
 ROWS = [
@@ -43,4 +59,22 @@ ROWS = [
     Row("ratios", {"remove": 0.4, "of": "channels", "ratios": {"net.3.*": 0.75}}),
     Row("recalibrate", {"recalibrate": 3, "of": "params", "schedule": Linear(0.3, 0.6, 0.3, "fraction")}),
     Row("reinit", {"reinit": "random", "of": "channels", "schedule": "one_shot"}),
+    Row("reinit-rewind", {"reinit": "rewind", "of": "channels", "shrink": "end", "schedule": OneShot(1, "epoch")}),
+    Row("reinit-sign", {"reinit": "sign", "of": "channels", "schedule": OneShot(8, "step")}),
+    Row("reinit-distribution", {"reinit": "distribution", "of": "params", "schedule": OneShot(1, "epoch")}),
+    Row("reinit-magnitude", {"reinit": "magnitude", "schedule": OneShot(8, "step")}, WeightPruning),
+    Row("reinit-sign+distribution", {"reinit": "sign+distribution", "schedule": OneShot(1, "epoch")}, WeightPruning),
+    Row("weights", {}, WeightPruning),
+    Row(
+        "weights-lamp",
+        {"criterion": "lamp", "remove": 0.97, "floor": 4, "schedule": OneShot(1, "epoch")},
+        WeightPruning,
+    ),
+    Row("weights-snip", {"criterion": "snip", "remove": 0.8, "schedule": OneShot(0, "step")}, WeightPruning),
+    Row("weights-erk", {"scope": "erk", "remove": 0.6, "schedule": Linear(1, 2, 0.5, "epoch")}, WeightPruning),
+    Row("weights-2:4", {"pattern": (2, 4), "remove": 0.5, "exclude": ["net.0", "net.3.depthwise"]}, WeightPruning),
+    Row("ticket", {"rounds": 2}, LotteryTicket),
+    Row("ticket-late", {"rounds": 2, "rewind_to": 3, "reinit": "sign", "shrink": "never"}, LotteryTicket),
+    Row("ticket-channels", {"rounds": 2, "of": "channels"}, ChannelLotteryTicket),
+    Row("weights-never", {"scope": "layer", "shrink": "never", "criterion": "random"}, WeightPruning),
 ]

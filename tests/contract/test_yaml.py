@@ -9,21 +9,17 @@ import pytest
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_prune import ChannelPruning, Norm, OneShot, RandomReinit, Schedule, Taylor
-from tests.contract.rows import ROWS
+from lightning_prune import ChannelPruning, Norm, OneShot, PruningCallback, RandomReinit, Schedule, Taylor
+from tests.contract.rows import ROWS, Row
 from tests.fits import SmallNet
 
-ARGUMENTS = [name for name in inspect.signature(ChannelPruning).parameters]
 OBJECTS = {
     "criterion": Taylor(batches=2),
     "schedule": OneShot(3, "step"),
     "reinit": RandomReinit(),
     "min_channels": 0.5,
 }
-CASES = {row.name: row.arguments for row in ROWS} | {
-    "objects": OBJECTS,
-    "norm": {"criterion": Norm(p=1.5, slots="all")},
-}
+CASES = [*ROWS, Row("objects", OBJECTS), Row("norm", {"criterion": Norm(p=1.5, slots="all")})]
 
 
 def plain(value):
@@ -43,22 +39,22 @@ def command_line(*arguments):
 
 
 def pruning_of(cli):
-    return next(callback for callback in cli.trainer.callbacks if isinstance(callback, ChannelPruning))
+    return next(callback for callback in cli.trainer.callbacks if isinstance(callback, PruningCallback))
 
 
 def settings(callback):
-    return {name: getattr(callback, name) for name in ARGUMENTS}
+    return {name: getattr(callback, name) for name in inspect.signature(type(callback)).parameters}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_configuration_reads_back_the_same(name, tmp_path):
-    arguments = {key: plain(value) for key, value in CASES[name].items()}
-    entry = {"class_path": "lightning_prune.ChannelPruning", "init_args": arguments}
+@pytest.mark.parametrize("row", CASES, ids=lambda row: row.name)
+def test_a_configuration_reads_back_the_same(row, tmp_path):
+    arguments = {key: plain(value) for key, value in row.arguments.items()}
+    entry = {"class_path": f"lightning_prune.{row.method.__name__}", "init_args": arguments}
     quiet = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
     written = tmp_path / "written.yaml"
     written.write_text(yaml.safe_dump({"trainer": {"callbacks": [entry], **quiet}}))
     first = command_line("--config", str(written))
-    assert settings(pruning_of(first)) == settings(ChannelPruning(**CASES[name]))
+    assert settings(pruning_of(first)) == settings(row.callback())
     printed = tmp_path / "printed.yaml"
     printed.write_text(first.parser.dump(first.config, skip_none=False))
     second = command_line("--config", str(printed))
@@ -80,7 +76,7 @@ def test_print_config_shows_every_argument(capsys):
     assert left.value.code == 0
     shown = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
     shown = shown[0] if isinstance(shown, list) else shown
-    assert list(shown["init_args"]) == ARGUMENTS
+    assert list(shown["init_args"]) == list(inspect.signature(ChannelPruning).parameters)
 
 
 @pytest.mark.parametrize(

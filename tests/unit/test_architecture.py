@@ -16,7 +16,7 @@ FLOORS = [
     {"errors", "__about__", "text", "choices"},
     {"graph"},
     {"surgery"},
-    {"masks", "criteria", "budget", "schedules", "reinit", "cost", "report"},
+    {"masks", "weight_masks", "criteria", "budget", "weight_budget", "schedules", "reinit", "cost", "report"},
     {"probe", "checkpoint", "callbacks", "datamodules", "export", "recipes"},
     {"lightning_cli", "demo", "cli", "__init__", "__main__"},
 ]

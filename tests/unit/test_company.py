@@ -423,3 +423,30 @@ def test_the_weights_saved_at_an_exception_load_at_their_width(tmp_path):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+
+
+class Waits(EarlyStopping):
+    """Takes down what it compares with before every validation."""
+
+    def __init__(self, **arguments):
+        super().__init__("val_loss", **arguments)
+        self.seen = []
+
+    def on_validation_end(self, trainer, pl_module):
+        self.seen.append((self.wait_count, float(self.best_score)))
+        super().on_validation_end(trainer, pl_module)
+
+
+@pytest.mark.parametrize(("mode", "worst"), [("min", float("inf")), ("max", -float("inf"))])
+def test_early_stopping_waits_anew_after_a_round_if_told_to(mode, worst):
+    def seen(choice):
+        stop = Waits(patience=9, mode=mode)
+        used = trainer(halving(early_stopping=choice, schedule=OneShot(2, "epoch")), stop, epochs=4)
+        used.fit(small_net(), loader(), loader(2, seed=7))
+        return stop.seen
+
+    kept, anew = seen("keep"), seen("reset")
+    assert kept[:2] == anew[:2]
+    assert anew[2] == (0, worst)
+    assert kept[2] != anew[2]
+    assert anew[3][1] != worst

@@ -1,11 +1,26 @@
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
+from jsonargparse import ArgumentError, ArgumentParser
 from torch import nn
 
+import lightning_prune
 from lightning_prune.errors import ConfigurationError, PruneError
-from lightning_prune.reinit import Keep, Random, reinit_from
+from lightning_prune.reinit import (
+    Keep,
+    KeepDistribution,
+    KeepMagnitude,
+    KeepSign,
+    KeepSignAndDistribution,
+    Random,
+    Reinit,
+    ReinitName,
+    Rewind,
+    reinit_from,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -123,9 +138,93 @@ def test_keep_changes_nothing() -> None:
     assert changed(model) == set()
 
 
+def test_entries_that_are_not_kept_are_zero() -> None:
+    model = net()
+    kept = {"0.bias": torch.tensor([True, False, True, False]), "3.weight": torch.tensor([True, True, False])}
+    assert Random()(model, ["0.bias", "3.weight"], generator(), kept={**kept, "2.bias": torch.zeros(2) > 0}) == [
+        "3.weight"
+    ]
+    assert (model[0].bias != 0).tolist() == [True, False, True, False]
+    assert model[3].weight.tolist() == [5.0, 5.0, 0.0]
+    assert changed(model) == {"0.bias", "3.weight"}
+
+
+def test_a_module_at_two_places_is_found_by_either_name() -> None:
+    layer = nn.Linear(2, 2)
+    model = nn.ModuleDict({"first": layer, "second": layer})
+    before = layer.weight.detach().clone()
+    assert Random()(model, ["second.weight"], generator()) == []
+    assert not torch.equal(layer.weight, before)
+
+
+def test_attention_is_redrawn() -> None:
+    attention = nn.MultiheadAttention(4, 2)
+    before = attention.in_proj_weight.detach().clone()
+    output = attention.out_proj.weight.detach().clone()
+    assert Random()(attention, ["in_proj_weight", "in_proj_bias"], generator()) == []
+    assert not torch.equal(attention.in_proj_weight, before)
+    assert torch.equal(attention.out_proj.weight, output)
+
+
+METHODS = {
+    "keep": Keep,
+    "rewind": Rewind,
+    "random": Random,
+    "sign": KeepSign,
+    "distribution": KeepDistribution,
+    "magnitude": KeepMagnitude,
+    "sign+distribution": KeepSignAndDistribution,
+}
+
+
+@pytest.mark.parametrize("name", get_args(ReinitName))
+def test_every_name_has_its_method(name) -> None:
+    assert reinit_from(name) == METHODS[name]()
+    assert METHODS[name].needs_origin == (name not in ("keep", "random"))
+    assert METHODS[name].provenance
+
+
+def test_all_methods_have_a_name() -> None:
+    assert set(METHODS) == set(get_args(ReinitName))
+
+
+def test_reconstructions_are_called_so() -> None:
+    rebuilt = {name for name, method in METHODS.items() if "reconstruction" in method.provenance}
+    assert rebuilt == {"sign", "distribution", "magnitude"}
+
+
+@pytest.mark.parametrize("method", set(METHODS.values()) - {Random}, ids=lambda method: method.__name__)
+def test_methods_are_public(method) -> None:
+    assert getattr(lightning_prune, method.__name__) is method
+
+
+def as_written(reinit):
+    """What becomes of a reinit that is given to a parser of YAML, and of the YAML that it prints."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--reinit", type=ReinitName | Reinit)
+    first = parser.parse_object({"reinit": reinit})
+    second = parser.parse_string(parser.dump(first))
+    assert parser.dump(second) == parser.dump(first)
+    return parser.instantiate(second).reinit
+
+
+@pytest.mark.parametrize("name", get_args(ReinitName))
+def test_names_in_yaml(name) -> None:
+    assert as_written(name) == name
+
+
+def test_objects_in_yaml() -> None:
+    options = {"how": "kernel", "per": "filter", "sign_conditional": True}
+    entry = {"class_path": "lightning_prune.KeepDistribution", "init_args": options}
+    assert as_written(entry) == KeepDistribution("kernel", "filter", True)
+    for method in set(METHODS.values()) - {Random}:
+        assert as_written({"class_path": f"lightning_prune.{method.__name__}"}) == method()
+    with pytest.raises(ArgumentError, match="'permute', 'bootstrap', 'kernel', 'normal'"):
+        as_written({**entry, "init_args": {"how": "permut"}})
+
+
 def test_names() -> None:
     own = Random()
     assert reinit_from(own) is own
-    assert reinit_from("random") == Random()
     with pytest.raises(ConfigurationError, match="did you mean 'random'"):
         reinit_from("rnadom")  # type: ignore[arg-type]

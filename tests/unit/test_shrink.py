@@ -16,7 +16,7 @@ from lightning_prune.graph.channels import ChannelGraph
 from lightning_prune.graph.labels import Plane
 from lightning_prune.graph.program import Program
 from lightning_prune.graph.rules import _USER_RULES, register_rule
-from lightning_prune.surgery import Shrunk, resized, shrink, trace, trace_programs
+from lightning_prune.surgery import Shrunk, keep_whole, resized, shrink, trace, trace_programs
 from lightning_prune.surgery.symbols import Setting
 from tests.helpers import Net, difference, disagreeing_attributes, masked_copy, random_keep, randomise, run
 
@@ -701,4 +701,17 @@ def test_a_slice_that_reaches_the_very_end_after_the_cut_is_solved_all_the_same(
     masked = run(masked_copy(network, graph, {first: torch.arange(6)}), inputs)
     shrink(network, graph, {first: torch.arange(6)})  # 6 + 2 channels are left: as many as the slice was long
     assert network.size == 6
+    assert difference(masked, run(network, inputs)) <= 1e-5
+
+
+def test_a_group_that_is_kept_whole_afterwards_leaves_the_others_to_be_cut() -> None:
+    layers = {"a": nn.Linear(4, 8), "b": nn.Linear(8, 6), "c": nn.Linear(6, 3)}
+    network = Net(lambda net, x: net.c(F.relu(net.b(F.relu(net.a(x))))), **layers)
+    inputs = torch.randn(2, 4)
+    graph = keep_whole(trace(network, inputs), {"a": "because it shall", "unknown": "is passed over"})
+    assert graph.widths == {"b": 6}
+    assert any(path == "a.weight (dim 0)" and reason == "because it shall" for path, reason in graph.refused)
+    keep = {"b": torch.arange(3)}
+    masked = run(masked_copy(network, graph, keep), inputs)
+    shrink(network, graph, keep)
     assert difference(masked, run(network, inputs)) <= 1e-5

@@ -1,0 +1,162 @@
+"""Lottery tickets: prune, rewind, train again, all in one fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Union
+
+from lightning_prune.budget import Scope as ChannelScope
+from lightning_prune.callbacks.base import EarlyStoppingChoice
+from lightning_prune.callbacks.channels import ChannelPruning, Measure
+from lightning_prune.callbacks.weights import WeightPruning
+from lightning_prune.criteria import Criterion, CriterionName
+from lightning_prune.criteria.weights import WeightCriterion, WeightCriterionName
+from lightning_prune.errors import ConfigurationError
+from lightning_prune.reinit import Reinit, ReinitName
+from lightning_prune.schedules import Geometric
+from lightning_prune.weight_budget import Scope
+
+
+class LotteryTicket(WeightPruning):
+    """Finds a winning ticket by iterative magnitude pruning with rewinding (Frankle & Carbin, 2019, 2020).
+
+    The fit is divided into ``rounds + 1`` equal parts. After each part but the last the same share of the weights that
+    are left goes; the others, the optimizers and the learning rate schedules go back to where they were at step
+    ``rewind_to``. Give the fit ``rounds + 1`` times the epochs of one training, and a schedule made for one of them.
+
+    Args:
+        remove: Fraction of the weights to switch off in all, in [0, 1).
+        rounds: Number of rounds, at least 1.
+        rewind_to: Optimizer step that is rewound to; 0 is the initialisation. Deep networks want a few hundred.
+        criterion: As for :class:`~lightning_prune.WeightPruning`.
+        scope: As for :class:`~lightning_prune.WeightPruning`.
+        include: As for :class:`~lightning_prune.WeightPruning`.
+        exclude: As for :class:`~lightning_prune.WeightPruning`.
+        floor: As for :class:`~lightning_prune.WeightPruning`.
+        reinit: What the surviving weights start from after each round: ``"rewind"``, or another reinitialisation of the
+            ticket.
+        shrink: As for :class:`~lightning_prune.WeightPruning`.
+        verify: As for :class:`~lightning_prune.WeightPruning`.
+        recalibrate: As for :class:`~lightning_prune.WeightPruning`.
+        seed: As for :class:`~lightning_prune.WeightPruning`.
+        directory: As for :class:`~lightning_prune.WeightPruning`.
+        early_stopping: As for :class:`~lightning_prune.WeightPruning`.
+
+    Raises:
+        ConfigurationError: If an argument is wrong, or the first round comes before the step that is rewound to.
+        BudgetError: If the budget is out of reach on this network.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(max_epochs=60, callbacks=[LotteryTicket(remove=0.9, rounds=5)], logger=False)
+    """
+
+    def __init__(
+        self,
+        remove: float = 0.9,
+        rounds: int = 5,
+        rewind_to: int = 0,
+        criterion: Union[WeightCriterionName, WeightCriterion] = "magnitude",  # noqa: UP007
+        scope: Scope = "global",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        floor: Union[int, float] = 0.001,  # noqa: UP007
+        reinit: Union[ReinitName, Reinit] = "rewind",  # noqa: UP007
+        shrink: Literal["end", "never"] = "end",
+        verify: bool = True,
+        recalibrate: int = 0,
+        seed: int = 0,
+        directory: str | None = None,
+        early_stopping: EarlyStoppingChoice = "keep",
+    ) -> None:
+        super().__init__(
+            criterion, remove, equal_parts(rounds), scope, include, exclude, floor, None, reinit, shrink, verify,
+            recalibrate, seed, directory, early_stopping,
+        )  # fmt: skip
+        self.rounds = rounds
+        self.rewind_to = checked_step(rewind_to)
+
+
+class ChannelLotteryTicket(ChannelPruning):
+    """A lottery ticket of whole channels: like :class:`LotteryTicket`, with the units of ``ChannelPruning``.
+
+    Channels are masked until the fit ends, since what is rewound to has the full width, and removed then.
+
+    Args:
+        remove: Fraction to remove in all, in [0, 1).
+        of: As for :class:`~lightning_prune.ChannelPruning`.
+        rounds: As for :class:`LotteryTicket`.
+        rewind_to: As for :class:`LotteryTicket`.
+        criterion: As for :class:`~lightning_prune.ChannelPruning`.
+        scope: As for :class:`~lightning_prune.ChannelPruning`.
+        include: As for :class:`~lightning_prune.ChannelPruning`.
+        exclude: As for :class:`~lightning_prune.ChannelPruning`.
+        reinit: As for :class:`LotteryTicket`.
+        shrink: As for :class:`~lightning_prune.ChannelPruning`, but not at each round.
+        verify: As for :class:`~lightning_prune.ChannelPruning`.
+        recalibrate: As for :class:`~lightning_prune.ChannelPruning`.
+        seed: As for :class:`~lightning_prune.ChannelPruning`.
+        directory: As for :class:`~lightning_prune.ChannelPruning`.
+        early_stopping: As for :class:`~lightning_prune.ChannelPruning`.
+
+    Raises:
+        ConfigurationError: If an argument is wrong, or the first round comes before the step that is rewound to.
+        BudgetError: If the budget is out of reach on this network.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(max_epochs=40, callbacks=[ChannelLotteryTicket(remove=0.5, rounds=3)], logger=False)
+    """
+
+    def __init__(
+        self,
+        remove: float = 0.5,
+        of: Measure = "macs",
+        rounds: int = 3,
+        rewind_to: int = 0,
+        criterion: Union[CriterionName, Criterion] = "l2",  # noqa: UP007
+        scope: ChannelScope = "global",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        reinit: Union[ReinitName, Reinit] = "rewind",  # noqa: UP007
+        shrink: Literal["end", "never"] = "end",
+        verify: bool = True,
+        recalibrate: int = 0,
+        seed: int = 0,
+        directory: str | None = None,
+        early_stopping: EarlyStoppingChoice = "keep",
+    ) -> None:
+        if shrink not in ("end", "never"):
+            raise ConfigurationError(
+                "channels of a lottery ticket cannot be removed at each round, since what is rewound to has the full "
+                'width. Use shrink="end".'
+            )
+        super().__init__(
+            criterion, remove, of, equal_parts(rounds), scope, include, exclude, reinit=reinit, shrink=shrink,
+            verify=verify, recalibrate=recalibrate, seed=seed, directory=directory, early_stopping=early_stopping,
+        )  # fmt: skip
+        self.rounds = rounds
+        self.rewind_to = checked_step(rewind_to)
+
+
+def equal_parts(rounds: int) -> Geometric:
+    """A schedule with rounds between equal parts of the fit.
+
+    Raises:
+        ConfigurationError: If there is no round.
+    """
+    if rounds < 1:
+        raise ConfigurationError(f"rounds must be at least 1, but is {rounds}.")
+    part = 1 / (rounds + 1)
+    return Geometric(part, rounds * part, part, "fraction")
+
+
+def checked_step(rewind_to: int) -> int:
+    """The step itself.
+
+    Raises:
+        ConfigurationError: If it is negative.
+    """
+    if rewind_to < 0:
+        raise ConfigurationError(f"rewind_to is a number of optimizer steps, so at least 0, but is {rewind_to}.")
+    return rewind_to

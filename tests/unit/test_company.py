@@ -380,6 +380,7 @@ class Struck(L.Callback):
 
 def main(folder):
     """Two fits that are interrupted, in a process of their own."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background ignores from birth on
     for name, error in SIGNALS.items():
         module = small_net()
         hung = surface(module)

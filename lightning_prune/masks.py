@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -34,7 +35,68 @@ class OffEntry(NamedTuple):
     positions: Tensor
 
 
-class Masks:
+class Enforced(ABC):
+    """Something that is off in some tensors: keeps it at zero, in weights, gradients and optimizer state."""
+
+    @abstractmethod
+    def _names(self) -> Iterable[str]:
+        """Full names of the tensors in which something is off."""
+
+    @abstractmethod
+    def _fill(self, name: str, target: Tensor) -> None:
+        """Zero what is off in a tensor of the shape of the named one."""
+
+    def apply(self, tensors: Mapping[str, Tensor]) -> None:
+        """Zero what is off, in place.
+
+        Args:
+            tensors: Parameters and buffers of the network by full name.
+
+        Raises:
+            PruneError: If a tensor to be zeroed is missing.
+        """
+        for name in self._present(tensors):
+            self._fill(name, tensors[name])
+
+    def apply_gradients(self, tensors: Mapping[str, Tensor]) -> None:
+        """Zero the gradients of what is off; parameters without a gradient are passed over.
+
+        Args:
+            tensors: Parameters of the network by full name.
+
+        Raises:
+            PruneError: If a tensor to be zeroed is missing.
+        """
+        for name in self._present(tensors):
+            if (gradient := tensors[name].grad) is not None:
+                self._fill(name, gradient)
+
+    def apply_optimizer_state(self, tensors: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> None:
+        """Zero what is off in all optimizer state that has the shape of its parameter, such as momentum.
+
+        Args:
+            tensors: Parameters of the network by full name.
+            optimizers: The optimizers that may hold state for them.
+
+        Raises:
+            PruneError: If a tensor to be zeroed is missing.
+        """
+        for optimizer in optimizers:
+            doubtful = doubtful_keys(optimizer)
+            for name in self._present(tensors):
+                parameter = tensors[name]
+                for key, value in optimizer.state[parameter].items() if parameter in optimizer.state else ():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape and key not in doubtful:
+                        self._fill(name, value)
+
+    def _present(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        names = list(self._names())
+        if missing := [name for name in names if name not in tensors]:
+            raise PruneError(f"cannot mask {', '.join(missing)}: no such tensor. Were the masks made for this network?")
+        return names
+
+
+class Masks(Enforced):
     """Which units of a network's channel groups are kept, and the entries to zero for those that are not.
 
     All units are kept at first. The entries are worked out when the masks change, so applying them costs one pass over
@@ -100,49 +162,6 @@ class Masks:
         flat = {where: torch.unique(torch.cat(parts)) for where, parts in positions.items()}
         return [OffEntry(tensor, dim, index) for (tensor, dim), index in flat.items() if len(index)]
 
-    def apply(self, tensors: Mapping[str, Tensor]) -> None:
-        """Switch the masked units off: zero their ``off`` slots in place.
-
-        Args:
-            tensors: Parameters and buffers of the network by full name.
-
-        Raises:
-            PruneError: If a tensor to be zeroed is missing.
-        """
-        for name in self._masked_names(tensors):
-            self._fill(name, tensors[name])
-
-    def apply_gradients(self, tensors: Mapping[str, Tensor]) -> None:
-        """Zero the gradients of what is masked; parameters without a gradient are passed over.
-
-        Args:
-            tensors: Parameters of the network by full name.
-
-        Raises:
-            PruneError: If a tensor to be zeroed is missing.
-        """
-        for name in self._masked_names(tensors):
-            if (gradient := tensors[name].grad) is not None:
-                self._fill(name, gradient)
-
-    def apply_optimizer_state(self, tensors: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> None:
-        """Zero what is masked in all optimizer state that has the shape of its parameter, such as momentum.
-
-        Args:
-            tensors: Parameters of the network by full name.
-            optimizers: The optimizers that may hold state for them.
-
-        Raises:
-            PruneError: If a tensor to be zeroed is missing.
-        """
-        for optimizer in optimizers:
-            doubtful = doubtful_keys(optimizer)
-            for name in self._masked_names(tensors):
-                parameter = tensors[name]
-                for key, value in optimizer.state[parameter].items() if parameter in optimizer.state else ():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape and key not in doubtful:
-                        self._fill(name, value)
-
     def state_dict(self) -> dict[str, Tensor]:
         """The keep masks by group name."""
         return {name: mask.clone() for name, mask in self.keep.items()}
@@ -169,11 +188,8 @@ class Masks:
             self._entries = dict(by_name)
         return self._entries
 
-    def _masked_names(self, tensors: Mapping[str, Tensor]) -> Iterable[str]:
-        names = self._by_name()
-        if missing := [name for name in names if name not in tensors]:
-            raise PruneError(f"cannot mask {', '.join(missing)}: no such tensor. Were the masks made for this network?")
-        return names
+    def _names(self) -> Iterable[str]:
+        return self._by_name()
 
     def _fill(self, name: str, target: Tensor) -> None:
         target = target.detach()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from lightning_prune.errors import ConfigurationError, PruneError
-from lightning_prune.surgery.optimizer_state import doubtful_keys
+from lightning_prune.errors import ConfigurationError
+from lightning_prune.masks import Enforced
 from lightning_prune.surgery.resize import Cut, read
 
 
-class WeightMasks:
+class WeightMasks(Enforced):
     """Which weights are kept, tensor by tensor.
 
     Args:
@@ -61,38 +60,6 @@ class WeightMasks:
         """Number of weights kept in each tensor."""
         return {name: int(mask.sum()) for name, mask in self.keep.items()}
 
-    def apply(self, tensors: Mapping[str, Tensor]) -> None:
-        """Zero what is off, in place.
-
-        Raises:
-            PruneError: If a tensor to be masked is missing.
-        """
-        for name, tensor in self._masked(tensors):
-            self._fill(name, tensor)
-
-    def apply_gradients(self, tensors: Mapping[str, Tensor]) -> None:
-        """Zero the gradients of what is off; tensors without a gradient are passed over.
-
-        Raises:
-            PruneError: If a tensor to be masked is missing.
-        """
-        for name, tensor in self._masked(tensors):
-            if tensor.grad is not None:
-                self._fill(name, tensor.grad)
-
-    def apply_optimizer_state(self, tensors: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> None:
-        """Zero what is off in all optimizer state that has the shape of its parameter, such as momentum.
-
-        Raises:
-            PruneError: If a tensor to be masked is missing.
-        """
-        for optimizer in optimizers:
-            doubtful = doubtful_keys(optimizer)
-            for name, tensor in self._masked(tensors):
-                for key, value in optimizer.state[tensor].items() if tensor in optimizer.state else ():
-                    if isinstance(value, Tensor) and value.shape == tensor.shape and key not in doubtful:
-                        self._fill(name, value)
-
     def cut(self, cuts: Mapping[str, Sequence[Cut]]) -> None:
         """Follow a resize of the tensors."""
         self.keep.update({name: read(self.keep[name], axes) for name, axes in cuts.items() if name in self.keep})
@@ -102,11 +69,8 @@ class WeightMasks:
         """The keep masks by name."""
         return {name: mask.clone() for name, mask in self.keep.items()}
 
-    def _masked(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        for name in self.keep:
-            if name not in tensors:
-                raise PruneError(f"cannot mask {name}: no such tensor. Were the masks made for this network?")
-            yield name, tensors[name]
+    def _names(self) -> Iterable[str]:
+        return self.keep
 
     def _fill(self, name: str, target: Tensor) -> None:
         key = name, target.device

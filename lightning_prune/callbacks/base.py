@@ -38,6 +38,7 @@ from lightning_prune.probe import Probe
 from lightning_prune.reinit import Keep, Reinit, ReinitName, reinit_from
 from lightning_prune.report import PruneReport, Request
 from lightning_prune.schedules import Position, Schedule, ScheduleName, schedule_from
+from lightning_prune.surgery.optimizer_state import leaves_zeros
 
 Shrink = Literal["rounds", "end", "never"]
 EarlyStoppingChoice = Literal["keep", "reset"]
@@ -97,6 +98,7 @@ class PruningCallback(Callback, ABC):
         self._network: Network | None = None
         self._probe: Probe | None = None
         self._handles: list[RemovableHandle] = []
+        self._about_to_step: Optimizer | None = None
         self._observing = False
         self._logged_epoch = -1
         self._report: PruneReport | None = None
@@ -125,6 +127,32 @@ class PruningCallback(Callback, ABC):
 
     def prepare(self, network: Network) -> None:
         """Look at the network once before training; raise if the budget cannot work on it."""
+
+    def resume(self, network: Network) -> None:
+        """Get ready for training, be it at its start or after a stop; called once in each fit, after ``prepare``."""
+
+    def before_batch(self, network: Network, position: Position) -> None:
+        """Called before each batch of training, after a round that is due.
+
+        Args:
+            network: The network as it is.
+            position: How far the fit has come.
+        """
+
+    def before_step(self, network: Network, optimizer: Optimizer) -> None:
+        """Called before each step of an optimizer, with gradients there and those of what is off zeroed."""
+
+    def after_step(self, network: Network, optimizer: Optimizer) -> None:
+        """Called after each step of an optimizer, with what is off zeroed."""
+
+    @property
+    def learnt(self) -> dict[str, Any]:
+        """What the method has learnt and a resumed fit must know: tensors and plain types, saved in checkpoints.
+
+        It lives on between fits of the same module, and is empty at the start of the first.
+        """
+        found: dict[str, Any] = self._record.setdefault("learnt", {})
+        return found
 
     @property
     def report(self) -> PruneReport:
@@ -177,7 +205,14 @@ class PruningCallback(Callback, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy of the callback takes along: nothing of the running fit."""
-        return {**self.__dict__, "_module": None, "_network": None, "_probe": None, "_handles": []}
+        return {
+            **self.__dict__,
+            "_module": None,
+            "_network": None,
+            "_probe": None,
+            "_handles": [],
+            "_about_to_step": None,
+        }
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -200,6 +235,7 @@ class PruningCallback(Callback, ABC):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._network is not None:
             self._network.refresh()
+            self._network.mask_weights()
         self._round_if_due(trainer, position_of(trainer))
 
     @override
@@ -214,11 +250,15 @@ class PruningCallback(Callback, ABC):
         if self._round_if_due(trainer, position_of(trainer, batch_idx)) or self._logged_epoch != trainer.current_epoch:
             log_metrics(trainer, pl_module, self._record["now"])
             self._logged_epoch = trainer.current_epoch
+        if self._network is not None:
+            self.before_batch(self._network, position_of(trainer, batch_idx))
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._network is not None:
             self._network.mask_gradients()
+            self._about_to_step = optimizer
+            self.before_step(self._network, optimizer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -268,6 +308,8 @@ class PruningCallback(Callback, ABC):
                 self._record.clear()
                 raise
         self._network = network
+        if self.can_prune(network):
+            self.resume(network)
         network.rewrap()
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
 
@@ -285,8 +327,14 @@ class PruningCallback(Callback, ABC):
         self._note(network)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._network is not None:
+        # With its gradients masked most optimizers leave nothing to undo, and to look costs as much as to mask.
+        undisturbed = self._about_to_step is optimizer and leaves_zeros(optimizer)
+        self._about_to_step = None
+        if self._network is None:
+            return
+        if not undisturbed:
             self._network.mask_weights()
+        self.after_step(self._network, optimizer)
 
     def _round_if_due(self, trainer: Trainer, position: Position) -> bool:
         """Do now what should be done by this position and is not, according to the record."""

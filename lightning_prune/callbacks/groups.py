@@ -29,6 +29,20 @@ class ChannelCallback(PruningCallback):
             For each group that may be cut a bool mask of shape ``[units]``, True = keep.
         """
 
+    @property
+    def per_unit(self) -> dict[str, dict[str, Tensor]]:
+        """What the method has learnt of units: by a name of its choice, tensors ``[units, ...]`` by group name.
+
+        They follow each shrink, and are saved in checkpoints.
+        """
+        found: dict[str, dict[str, Tensor]] = self.learnt.setdefault("units", {})
+        return found
+
+    def follow(self, keep: Mapping[str, Tensor]) -> None:
+        """Called after units were removed physically, with those that were kept."""
+        for values in self.per_unit.values():
+            values.update({name: values[name][keep[name].to(values[name].device)] for name in keep if name in values})
+
     @override
     def carry_out(self, network: Network, level: float) -> None:
         keep = self._selected(network, level, {})
@@ -54,6 +68,7 @@ class ChannelCallback(PruningCallback):
         while True:
             try:
                 network.shrink(keep, self.verify)
+                self.follow(keep)
                 return
             except ShrinkError as problem:
                 if not network.give_up(problem):

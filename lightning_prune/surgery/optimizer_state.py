@@ -1,12 +1,33 @@
-"""What the state of an optimizer says of its own shape."""
+"""What is known of an optimizer: the shape of its state, and how it moves weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, optim
 from torch.optim import Optimizer
+
+_ENTRY_BY_ENTRY = (
+    optim.SGD,
+    optim.Adam,
+    optim.AdamW,
+    optim.NAdam,
+    optim.RAdam,
+    optim.Adamax,
+    optim.Adagrad,
+    optim.Adadelta,
+    optim.RMSprop,
+)
+
+
+def leaves_zeros(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is known not to move a weight that is zero and whose gradient and state are zero.
+
+    Args:
+        optimizer: Any optimizer. One of a class derived from those of torch counts as unknown.
+    """
+    return type(optimizer) in _ENTRY_BY_ENTRY
 
 
 def doubtful_keys(optimizer: Optimizer, shapes: Mapping[int, tuple[int, ...]] | None = None) -> frozenset[Any]:

@@ -4,14 +4,39 @@ from lightning_prune.__about__ import __version__
 from lightning_prune.budget import Limits
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.channels import ChannelPruning
+from lightning_prune.callbacks.dsd import DSD
+from lightning_prune.callbacks.dynamic_surgery import DynamicNetworkSurgery
+from lightning_prune.callbacks.edge_popup import EdgePopup
+from lightning_prune.callbacks.growing_regularisation import GReg
+from lightning_prune.callbacks.prob_mask import ProbMask
+from lightning_prune.callbacks.regularised import RegularisedPruning
+from lightning_prune.callbacks.small_weights import SmallWeightSearch
+from lightning_prune.callbacks.soft_filters import SoftFilterPruning
+from lightning_prune.callbacks.sparse_binary_mask import SparseBinaryMask
+from lightning_prune.callbacks.sparse_training import SET, RigL
+from lightning_prune.callbacks.supermask import Supermask
 from lightning_prune.callbacks.tickets import ChannelLotteryTicket, LotteryTicket
 from lightning_prune.callbacks.weights import WeightPruning
 from lightning_prune.checkpoint import load_pruned
-from lightning_prune.criteria import FPGM, BatchNormScale, Criterion, Norm, Random, Taylor
-from lightning_prune.criteria.weights import LAMP, SNIP, Magnitude, RandomWeights, WeightCriterion
+from lightning_prune.criteria import CHIP, FPGM, NISP, BatchNormScale, Criterion, Norm, Random, Taylor, ThiNet
+from lightning_prune.criteria.activations import ActivationCriterion, APoZ, HRank
+from lightning_prune.criteria.weights import (
+    LAMP,
+    SNIP,
+    GraSP,
+    Magnitude,
+    Movement,
+    RandomWeights,
+    SynFlow,
+    Wanda,
+    WatchingCriterion,
+    WeightCriterion,
+    WeightSource,
+)
 from lightning_prune.errors import BudgetError, ConfigurationError, PruneError, ShrinkError, TraceError
 from lightning_prune.graph.channels import ChannelGraph, ChannelGroup, Slot
 from lightning_prune.graph.rules import register_rule
+from lightning_prune.penalties import BatchNormISTA, ChannelPenalty, GroupLasso, GroupNormDecay, Slimming
 from lightning_prune.reinit import (
     Keep,
     KeepDistribution,
@@ -24,23 +49,42 @@ from lightning_prune.reinit import (
 from lightning_prune.reinit import Random as RandomReinit
 from lightning_prune.report import PruneReport
 from lightning_prune.schedules import Cosine, Cubic, Geometric, Linear, OneShot, Schedule
+from lightning_prune.search import Annealing, CrossEntropy, Genetic, ParticleSwarm, Search
 from lightning_prune.surgery import shrink, trace
 
 __all__ = [
+    "CHIP",
+    "DSD",
     "FPGM",
     "LAMP",
+    "NISP",
+    "SET",
     "SNIP",
+    "APoZ",
+    "ActivationCriterion",
+    "Annealing",
+    "BatchNormISTA",
     "BatchNormScale",
     "BudgetError",
     "ChannelGraph",
     "ChannelGroup",
     "ChannelLotteryTicket",
+    "ChannelPenalty",
     "ChannelPruning",
     "ConfigurationError",
     "Cosine",
     "Criterion",
+    "CrossEntropy",
     "Cubic",
+    "DynamicNetworkSurgery",
+    "EdgePopup",
+    "GReg",
+    "Genetic",
     "Geometric",
+    "GraSP",
+    "GroupLasso",
+    "GroupNormDecay",
+    "HRank",
     "Keep",
     "KeepDistribution",
     "KeepMagnitude",
@@ -50,23 +94,39 @@ __all__ = [
     "Linear",
     "LotteryTicket",
     "Magnitude",
+    "Movement",
     "Norm",
     "OneShot",
+    "ParticleSwarm",
+    "ProbMask",
     "PruneError",
     "PruneReport",
     "PruningCallback",
     "Random",
     "RandomReinit",
     "RandomWeights",
+    "RegularisedPruning",
     "Reinit",
     "Rewind",
+    "RigL",
     "Schedule",
+    "Search",
     "ShrinkError",
+    "Slimming",
     "Slot",
+    "SmallWeightSearch",
+    "SoftFilterPruning",
+    "SparseBinaryMask",
+    "Supermask",
+    "SynFlow",
     "Taylor",
+    "ThiNet",
     "TraceError",
+    "Wanda",
+    "WatchingCriterion",
     "WeightCriterion",
     "WeightPruning",
+    "WeightSource",
     "__version__",
     "load_pruned",
     "register_rule",

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from lightning_prune.budget import check_fraction
 from lightning_prune.choices import unknown_name
 from lightning_prune.errors import BudgetError, ConfigurationError, PruneError
 
-Scope = Literal["global", "layer", "erk"]
+Scope = Literal["global", "layer", "row", "erk"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,14 @@ class _Candidates:
         fixed: Weights that stay because the pattern leaves nothing better in their group.
         open: Weights that compete for the rest of the budget.
         fewest: Number of open weights that must stay for the floor's sake.
+        row: Number of weights that compete with one another, side by side; 0 if all do.
     """
 
     scores: Tensor
     fixed: Tensor
     open: Tensor
     fewest: int
+    row: int = 0
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -43,6 +45,11 @@ class _Candidates:
 
     def mask(self, count: int) -> Tensor:
         """Mask with the best ``count`` weights."""
+        if self.row:
+            parts = (part.split(self.row) for part in (self.scores, self.fixed, self.open))
+            rows = [_Candidates(scores, fixed, free, 0) for scores, fixed, free in zip(*parts, strict=True)]
+            counts = apportion(count, [self.row] * len(rows), [row.bounds for row in rows])
+            return torch.cat([row.mask(count) for row, count in zip(rows, counts, strict=True)])
         return self.fixed | _highest(self.scores, self.open, count - int(self.fixed.sum()))
 
 
@@ -73,7 +80,8 @@ def select_weights(
         keep: Present bool masks of the tensors' shapes, True = kept; a tensor without one is kept whole.
         remove: Fraction of all weights that is off in the end, in [0, 1); at most ``1 - n / m`` with a pattern.
         scope: ``"global"``: all weights compete. ``"layer"``: every tensor loses the same fraction, exact by largest
-            remainder. ``"erk"``: densities in proportion to the sum over the product of a tensor's sizes
+            remainder. ``"row"``: every row (index along the first dimension, so every output) of every tensor does.
+            ``"erk"``: densities in proportion to the sum over the product of a tensor's sizes
             (Erdos-Renyi kernel, Evci et al., 2020); a tensor that would keep more than it has is kept whole, and the
             others share what that leaves.
         floor: Fewest weights of a tensor: a share in (0, 1), rounded up, or a number; 0 for none. What is off already
@@ -97,15 +105,16 @@ def select_weights(
         ([[True, False]], [[True, True]])
     """
     check_fraction(remove)
-    if scope not in ("global", "layer", "erk"):
-        raise unknown_name("scope", scope, ["global", "layer", "erk"])
+    if scope not in get_args(Scope):
+        raise unknown_name("scope", scope, list(get_args(Scope)))
     if unscored := [name for name in keep if name not in scores]:
         raise PruneError(
             f"there are masks but no scores for {', '.join(unscored)}. A criterion must score every weight."
         )
     check_pattern(pattern, remove)
     candidates = {
-        name: _candidates(name, score, keep.get(name), remove, floor, pattern, regrow) for name, score in scores.items()
+        name: _candidates(name, score, keep.get(name), remove, floor, pattern, regrow, scope)
+        for name, score in scores.items()
     }
     bounds = {name: candidate.bounds for name, candidate in candidates.items()}
     total = sum(score.numel() for score in scores.values())
@@ -200,6 +209,7 @@ def _candidates(
     floor: float,
     pattern: tuple[int, int] | None,
     regrow: bool,
+    scope: Scope,
 ) -> _Candidates:
     keep = torch.ones(scores.shape, dtype=torch.bool) if keep is None else keep.detach().cpu()
     if keep.dtype != torch.bool or keep.shape != scores.shape:
@@ -223,7 +233,8 @@ def _candidates(
     least = _least(name, scores.numel(), floor, pattern)
     fixed, alive = fixed.flatten(), alive.flatten()
     fewest = max(min(least, int(alive.sum())) - int(fixed.sum()), 0)
-    return _Candidates(values.flatten(), fixed, alive & ~fixed, fewest)
+    row = math.prod(values.shape[1:]) if scope == "row" and values.dim() > 1 else 0
+    return _Candidates(values.flatten(), fixed, alive & ~fixed, fewest, row)
 
 
 def _least(name: str, size: int, floor: float, pattern: tuple[int, int] | None) -> int:

@@ -54,6 +54,8 @@ class PruningCallback(Callback, ABC):
 
     rewind_to: int | None = None
     """Optimizer step to which optimizers and schedules go back after each round; None lets them go on."""
+    always_finishes: bool = False
+    """Whether the last round takes place when the fit ends, even if that is before the schedule says so."""
 
     def __init__(
         self,
@@ -268,6 +270,9 @@ class PruningCallback(Callback, ABC):
         network.refresh()
         # What was due after the last batch had started.
         changed = self._round_if_due(trainer, last_position_of(trainer))
+        if self.always_finishes and self._record["level"] < 1 and self.can_prune(network):
+            self._round(trainer, network, 1.0)
+            changed = True
         if self.shrink == "end":
             self.before_the_end(network)
             changed |= self._shrink_at_end(network)

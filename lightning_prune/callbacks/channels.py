@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Literal, Union
 
 import torch
@@ -15,8 +16,10 @@ from lightning_prune.callbacks.base import EarlyStoppingChoice, Shrink
 from lightning_prune.callbacks.groups import ChannelCallback
 from lightning_prune.callbacks.network import Network
 from lightning_prune.choices import unknown_name
-from lightning_prune.criteria import Criterion, CriterionName, criterion_from, normalise
+from lightning_prune.criteria import Criterion, CriterionName, RunCriterion, criterion_from, normalise
+from lightning_prune.criteria.activations import RunningNetwork
 from lightning_prune.errors import ConfigurationError, PruneError
+from lightning_prune.graph.activations import watch
 from lightning_prune.graph.analysis import Norms
 from lightning_prune.graph.channels import ChannelGroup
 from lightning_prune.reinit import Reinit, ReinitName
@@ -35,8 +38,10 @@ class ChannelPruning(ChannelCallback):
 
     Args:
         criterion: What matters: ``"l1"`` (Li et al., 2017), ``"l2"`` (over all coupled weights), ``"bn_scale"`` (Liu
-            et al., 2017), ``"taylor"`` (Molchanov et al., 2016, 2019), ``"fpgm"`` (He et al., 2019), ``"random"``, or
-            a :class:`~lightning_prune.Criterion`.
+            et al., 2017), ``"taylor"`` (Molchanov et al., 2016, 2019), ``"fpgm"`` (He et al., 2019), ``"random"``; of
+            what channels hold while the network runs ``"apoz"`` (Hu et al., 2016), ``"hrank"`` (Lin et al., 2020),
+            ``"chip"`` (Sui et al., 2021), ``"nisp"`` (Yu et al., 2018), ``"thinet"`` (Luo et al., 2017); or a
+            :class:`~lightning_prune.Criterion`, such as an :class:`~lightning_prune.ActivationCriterion` of your own.
         remove: Fraction to remove in all, in [0, 1).
         of: What it is a fraction of: ``"macs"``, ``"params"`` or ``"latency"`` (measured) of the whole network, or the
             ``"channels"`` of the groups that may be pruned.
@@ -141,6 +146,8 @@ class ChannelPruning(ChannelCallback):
         else:
             even = {name: torch.zeros(network.graph.groups[name].width) for name in eligible}
             self._selection(network, even, 1.0)
+        if isinstance(self._criterion, RunCriterion):  # what it cannot score it should not say in the middle of the fit
+            self._scores_of_runs(network, self._criterion, batches=1)
 
     @override
     def select(self, network: Network, level: float) -> dict[str, Tensor]:
@@ -164,6 +171,9 @@ class ChannelPruning(ChannelCallback):
 
     def _scores(self, network: Network) -> dict[str, Tensor]:
         """Scores of all groups that may be cut, the same in all processes."""
+        if isinstance(self._criterion, RunCriterion):
+            found = self._scores_of_runs(network, self._criterion, self._criterion.batches)
+            return {name: network.average(score) for name, score in found.items()}
         groups = {name: network.graph.groups[name] for name in self._eligible(network)}
         generator = self.generator("criterion")
         batches: Iterable[Mapping[str, Tensor]] = [{}]
@@ -174,14 +184,17 @@ class ChannelPruning(ChannelCallback):
         for gradients in batches:
             count += 1
             for name, group in groups.items():
-                score = self._criterion.score(group, network.tensors, gradients, generator)
-                if score.shape != (group.width,):
-                    raise PruneError(
-                        f"channel group {name!r} has {group.width} units, but its scores have shape "
-                        f"{list(score.shape)}. A criterion must return one score per unit."
-                    )
+                score = _checked(group, self._criterion.score(group, network.tensors, gradients, generator))
                 sums[name] = sums[name] + score if name in sums else score
         return {name: network.average(total / count) for name, total in sums.items()}
+
+    def _scores_of_runs(self, network: Network, criterion: RunCriterion, batches: int) -> dict[str, Tensor]:
+        """Scores in this process of all groups that may be cut, by a criterion that looks at runs of the network."""
+        groups = network.graph.groups
+        runs = [partial(watch, network.graph, program) for program in network.probe.evaluations(batches)]
+        wanted = self._eligible(network)
+        found = criterion.scores(RunningNetwork(groups, network.tensors, runs), wanted, self.generator("criterion"))
+        return {name: _checked(groups[name], found[name]) for name in wanted}
 
     def _selection(self, network: Network, scores: Mapping[str, Tensor], level: float) -> dict[str, Tensor]:
         groups = network.graph.groups
@@ -245,6 +258,16 @@ class ChannelPruning(ChannelCallback):
                 if not any(_matches(group, [pattern]) for group in groups):
                     known = [path for group in groups for path in _makers(group)]
                     raise unknown_name(f"channel group in {option}", pattern, dict.fromkeys(known))
+
+
+def _checked(group: ChannelGroup, score: Tensor) -> Tensor:
+    """The scores of a group, one per unit."""
+    if score.shape != (group.width,):
+        raise PruneError(
+            f"channel group {group.name!r} has {group.width} units, but its scores have shape {list(score.shape)}. A "
+            "criterion must return one score per unit."
+        )
+    return score
 
 
 def _makers(group: ChannelGroup) -> list[str]:

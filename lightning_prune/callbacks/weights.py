@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Literal, Union
+from typing import Literal, Union, get_args
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.callbacks.base import EarlyStoppingChoice, PruningCallback
 from lightning_prune.callbacks.network import Network
 from lightning_prune.choices import unknown_name
-from lightning_prune.criteria.weights import WeightCriterion, WeightCriterionName, weight_criterion_from
+from lightning_prune.criteria.weights import (
+    WatchingCriterion,
+    WeightCriterion,
+    WeightCriterionName,
+    weight_criterion_from,
+)
 from lightning_prune.errors import ConfigurationError
+from lightning_prune.probe.source import ProbeSource
 from lightning_prune.reinit import Reinit, ReinitName
 from lightning_prune.schedules import Schedule, ScheduleName
 from lightning_prune.weight_budget import Scope, check_pattern, select_weights
@@ -31,11 +38,13 @@ class WeightPruning(PruningCallback):
 
     Args:
         criterion: What matters: ``"magnitude"``, ``"lamp"`` (Lee et al., 2021), ``"snip"`` (Lee et al., 2019),
-            ``"random"``, or a :class:`~lightning_prune.WeightCriterion`.
+            ``"grasp"`` (Wang et al., 2020), ``"synflow"`` (Tanaka et al., 2020), ``"movement"`` (Sanh et al., 2020),
+            ``"wanda"`` (Sun et al., 2024), ``"random"``, or a :class:`~lightning_prune.WeightCriterion`.
         remove: Fraction of the weights to switch off in all, in [0, 1).
         schedule: When rounds are due, as for :class:`~lightning_prune.ChannelPruning`.
-        scope: Weights compete with all others (``"global"``), with those of their tensor (``"layer"``), or each tensor
-            keeps the share that an Erdos-Renyi kernel gives it (``"erk"``, Evci et al., 2020).
+        scope: Weights compete with all others (``"global"``), with those of their tensor (``"layer"``) or of their
+            output (``"row"``), or each tensor keeps the share that an Erdos-Renyi kernel gives it (``"erk"``, Evci et
+            al., 2020). Default is that of the criterion: ``"row"`` for ``"wanda"``, ``"global"`` for all others.
         include: Patterns (as in ``fnmatch``) of names of parameters or of their modules whose weights may go; default
             all parameters of two or more dimensions.
         exclude: Patterns of those whose weights stay.
@@ -64,7 +73,7 @@ class WeightPruning(PruningCallback):
         criterion: Union[WeightCriterionName, WeightCriterion] = "magnitude",  # noqa: UP007
         remove: float = 0.9,
         schedule: Union[ScheduleName, Schedule] = "cubic",  # noqa: UP007
-        scope: Scope = "global",
+        scope: Scope | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         floor: Union[int, float] = 0.001,  # noqa: UP007
@@ -93,15 +102,15 @@ class WeightPruning(PruningCallback):
             None,
             early_stopping,
         )
-        if scope not in ("global", "layer", "erk"):
-            raise unknown_name("scope", scope, ["global", "layer", "erk"])
+        if scope is not None and scope not in get_args(Scope):
+            raise unknown_name("scope", scope, list(get_args(Scope)))
         self.criterion = criterion
-        self.scope: Scope = scope
         self.include = include
         self.exclude = exclude
         self.floor = floor
         self.pattern = pattern
         self._criterion = weight_criterion_from(criterion)
+        self.scope: Scope = self._criterion.scope if scope is None else scope
         if pattern is not None:
             check_pattern(pattern, remove, final=True)
 
@@ -125,14 +134,34 @@ class WeightPruning(PruningCallback):
         self._record["eligible"] = {name: weight.numel() for name, weight in weights.items()}
         draw = self.generator("rehearsal")
         scores = {name: torch.rand(weight.shape, generator=draw) for name, weight in weights.items()}
-        self._select(network, scores, 1.0, floor=self.floor or 1)  # what chance would empty, the scores may not
+        # What chance would empty, the scores may not.
+        self._reduced(network, scores, 1 - self.remove, floor=self.floor or 1)
 
     @override
     def carry_out(self, network: Network, level: float) -> None:
-        scores = self._criterion.score(self._weights(network), self._gradients(network), self.generator("criterion"))
-        averaged = {name: network.average(score) for name, score in scores.items()}
-        network.weights.set(network.broadcast(self._select(network, averaged, level)), network.tensors)
-        network.hold_masks()
+        for kept in self._steps(1 - self.removed(network), 1 - self.remove * level):
+            weights = self._weights(network)
+            source = ProbeSource(network.probe, weights, network.average, self._watched)
+            scores = self._criterion.score(weights, source, self.generator("criterion"))
+            averaged = {name: network.average(score) for name, score in scores.items()}
+            network.weights.set(network.broadcast(self._reduced(network, averaged, kept)), network.tensors)
+            network.hold_masks()
+
+    @override
+    def resume(self, network: Network) -> None:
+        tensors = network.tensors
+        if any(seen.shape != tensors[name].shape for name, seen in self._watched.items()):
+            self._watched.clear()  # an earlier fit ended with channels being removed
+        self._watched.update({name: seen.to(tensors[name].device) for name, seen in self._watched.items()})
+
+    @override
+    def before_step(self, network: Network, optimizer: Optimizer) -> None:
+        if isinstance(self._criterion, WatchingCriterion):
+            moved = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+            weights = {name: network.tensors[name] for name in self._eligible(network)}
+            weights = {name: weight for name, weight in weights.items() if weight in moved and weight.grad is not None}
+            gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+            self._criterion.watch(weights, gradients, self._watched)
 
     @override
     def removed(self, network: Network) -> float:
@@ -143,11 +172,20 @@ class WeightPruning(PruningCallback):
     def before_the_end(self, network: Network) -> None:
         network.masks.set(network.living_units())
 
-    def _select(
-        self, network: Network, scores: dict[str, Tensor], level: float, floor: float | None = None
+    def _steps(self, start: float, end: float) -> list[float]:
+        """Fractions kept after each step of a round; every step keeps the same share of what is left."""
+        count = self._criterion.rounds
+        return [*(start * (end / start) ** (step / count) for step in range(1, count)), end]
+
+    def _select(self, network: Network, scores: dict[str, Tensor], level: float) -> dict[str, Tensor]:
+        """Masks that keep the best, as many as a round keeps that must reach this share of the budget."""
+        return self._reduced(network, scores, 1 - self.remove * level)
+
+    def _reduced(
+        self, network: Network, scores: dict[str, Tensor], kept: float, floor: float | None = None
     ) -> dict[str, Tensor]:
         # Of the weights that there are; an earlier fit may have removed some of them physically.
-        left = (1 - self.remove * level) * sum(self._record["eligible"].values())
+        left = kept * sum(self._record["eligible"].values())
         present = sum(score.numel() for score in scores.values())
         return select_weights(
             scores,
@@ -156,17 +194,13 @@ class WeightPruning(PruningCallback):
             scope=self.scope,
             floor=self.floor if floor is None else floor,
             pattern=self.pattern,
+            regrow=self._criterion.regrow,
         )
 
-    def _gradients(self, network: Network) -> dict[str, Tensor]:
-        """Gradients of all eligible weights, summed over the batches that the criterion asks for."""
-        sums: dict[str, Tensor] = {}
-        if self._criterion.batches:
-            names = self._eligible(network)
-            for gradients in network.probe.gradients(self._criterion.batches):
-                for name in names:
-                    sums[name] = sums[name] + gradients[name] if name in sums else gradients[name]
-        return {name: network.average(total) for name, total in sums.items()}
+    @property
+    def _watched(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = self.learnt.setdefault("watched", {})
+        return found
 
     def _kept(self, network: Network) -> int:
         kept = network.weights.kept

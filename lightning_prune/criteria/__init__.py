@@ -6,23 +6,32 @@ from collections.abc import Callable
 from typing import Literal
 
 from lightning_prune.choices import unknown_name
+from lightning_prune.criteria.activations import CHIP, ActivationCriterion, APoZ, HRank, RunCriterion
 from lightning_prune.criteria.base import Criterion, normalise
 from lightning_prune.criteria.geometric import FPGM
 from lightning_prune.criteria.norms import Norm
+from lightning_prune.criteria.propagation import NISP
 from lightning_prune.criteria.random import Random
+from lightning_prune.criteria.reconstruction import ThiNet
 from lightning_prune.criteria.scale import BatchNormScale
 from lightning_prune.criteria.taylor import Taylor
 from lightning_prune.criteria.weights import (
     LAMP,
     SNIP,
+    GraSP,
     Magnitude,
+    Movement,
     RandomWeights,
+    SynFlow,
+    Wanda,
+    WatchingCriterion,
     WeightCriterion,
     WeightCriterionName,
+    WeightSource,
     weight_criterion_from,
 )
 
-CriterionName = Literal["l1", "l2", "bn_scale", "taylor", "fpgm", "random"]
+CriterionName = Literal["l1", "l2", "bn_scale", "taylor", "fpgm", "random", "apoz", "hrank", "chip", "nisp", "thinet"]
 
 _BY_NAME: dict[str, Callable[[], Criterion]] = {
     "l1": lambda: Norm(p=1, slots="producer"),
@@ -31,6 +40,11 @@ _BY_NAME: dict[str, Callable[[], Criterion]] = {
     "taylor": Taylor,
     "fpgm": FPGM,
     "random": Random,
+    "apoz": APoZ,
+    "hrank": HRank,
+    "chip": CHIP,
+    "nisp": NISP,
+    "thinet": ThiNet,
 }
 
 
@@ -54,19 +68,32 @@ def criterion_from(criterion: CriterionName | Criterion) -> Criterion:
 
 
 __all__ = [
+    "CHIP",
     "FPGM",
     "LAMP",
+    "NISP",
     "SNIP",
+    "APoZ",
+    "ActivationCriterion",
     "BatchNormScale",
     "Criterion",
     "CriterionName",
+    "GraSP",
+    "HRank",
     "Magnitude",
+    "Movement",
     "Norm",
     "Random",
     "RandomWeights",
+    "RunCriterion",
+    "SynFlow",
     "Taylor",
+    "ThiNet",
+    "Wanda",
+    "WatchingCriterion",
     "WeightCriterion",
     "WeightCriterionName",
+    "WeightSource",
     "criterion_from",
     "normalise",
     "weight_criterion_from",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from lightning_prune.errors import PruneError
 
 _BACKWARD = (torch.Tensor.backward, torch.autograd.backward)
 
@@ -83,17 +85,61 @@ class LocalBackward(TorchFunctionMode):
         given = gradient if grad_tensors is None else grad_tensors
         chosen = None if inputs is None else {id(tensor) for tensor in _tensors(inputs)}
         leaves = [p for p in self._parameters if p.requires_grad and (chosen is None or id(p) in chosen)]
-        gradients = torch.autograd.grad(
-            _tensors(outputs),
-            leaves,
-            None if given is None else _tensors(given),
-            retain_graph,
-            create_graph,
-            allow_unused=True,
-        )
+        seeds = None if given is None else _tensors(given)
+        gradients = self._derivatives(_tensors(outputs), leaves, seeds, retain_graph, create_graph)
         for leaf, new in zip(leaves, gradients, strict=True):
             if new is not None:
                 leaf.grad = new.clone() if leaf.grad is None else leaf.grad + new
+
+    def _derivatives(
+        self,
+        outputs: tuple[Tensor, ...],
+        leaves: list[nn.Parameter],
+        seeds: tuple[Tensor, ...] | None,
+        retain_graph: bool | None,
+        create_graph: bool,
+    ) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(outputs, leaves, seeds, retain_graph, create_graph, allow_unused=True)
+
+
+class HessianBackward(LocalBackward):
+    """Has every backward pass fill ``.grad`` with the product of the second derivative and a vector.
+
+    Args:
+        vectors: The vector, by parameter.
+
+    Example:
+        >>> weight = nn.Parameter(torch.tensor(3.0))
+        >>> with HessianBackward({weight: torch.tensor(0.5)}):
+        ...     (weight**3).backward()
+        >>> weight.grad
+        tensor(9.)
+    """
+
+    def __init__(self, vectors: Mapping[nn.Parameter, Tensor]) -> None:
+        super().__init__(vectors)
+        self._vectors = vectors
+
+    def _derivatives(
+        self,
+        outputs: tuple[Tensor, ...],
+        leaves: list[nn.Parameter],
+        seeds: tuple[Tensor, ...] | None,
+        retain_graph: bool | None,
+        create_graph: bool,
+    ) -> Sequence[Tensor | None]:
+        try:
+            gradients = super()._derivatives(outputs, leaves, seeds, True, True)
+            along = [(g * self._vectors[p]).sum() for p, g in zip(leaves, gradients, strict=True) if g is not None]
+            slope = sum(along, start=torch.zeros(()))
+            if not slope.requires_grad:  # of a loss that is linear in all parameters
+                return [torch.zeros_like(parameter) for parameter in leaves]
+            return torch.autograd.grad(slope, leaves, retain_graph=retain_graph, allow_unused=True)
+        except RuntimeError as error:
+            raise PruneError(
+                f"the loss cannot be differentiated twice: {error}. Have the network use functions that have a second "
+                'derivative, or choose a criterion that needs only the first, such as "snip".'
+            ) from error
 
 
 def _tensors(values: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -13,15 +13,19 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prune.cost import measure_latency
 from lightning_prune.errors import PruneError, TraceError
+from lightning_prune.graph.one_way import decomposed
 from lightning_prune.graph.program import Program, count_samples, unobserved
-from lightning_prune.probe.backward import LocalBackward, NoBackward
+from lightning_prune.probe.backward import HessianBackward, LocalBackward, NoBackward
 from lightning_prune.probe.data import NoBatchError, copied, fresh_batches
-from lightning_prune.probe.sandbox import Record, sandbox, seed_everywhere
+from lightning_prune.probe.flow import synaptic_flow
+from lightning_prune.probe.inputs import InputSquares
+from lightning_prune.probe.sandbox import Record, called_children, sandbox, seed_everywhere
 
 SEED = 20
 """Seed inside every sandbox: runs of one program see the same random numbers, and so does a resumed fit."""
@@ -140,6 +144,22 @@ class Probe:
         programs = [self._step_program(batch, training) for training in (False, True)]
         return programs + ([self._forward_program(False)] if has_example else [])
 
+    def evaluations(self, count: int) -> list[Program]:
+        """The first of :meth:`programs` on several batches: the training step in evaluation mode, without gradients.
+
+        Args:
+            count: Number of batches; see :meth:`batches`.
+
+        Returns:
+            A program for each batch; one on ``example_input_array`` where there is no batch to be had.
+
+        Raises:
+            TraceError: If there is neither.
+        """
+        if not self.ready():
+            return self.programs()[:1]
+        return [self._step_program(batch, False) for batch in self.batches(count)]
+
     def gradients(self, count: int) -> Iterator[dict[str, Tensor]]:
         """Gradients of the loss of real batches, in train mode.
 
@@ -157,8 +177,132 @@ class Probe:
             PruneError: If the training step gives no loss.
             TraceError: If there is no batch or the user's code fails.
         """
+        backward = LocalBackward(self._module.parameters()) if self._is_distributed() else nullcontext()
         for number, batch in enumerate(self.batches(count)):
-            yield self._gradients_of(batch, SEED + number)
+            yield self._gradients_of(batch, SEED + number, backward)
+
+    def hessian_vector(self, count: int, vectors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Products of a vector with the second derivatives of the losses whose gradients :meth:`gradients` gives.
+
+        Args:
+            count: Number of batches; see :meth:`batches`.
+            vectors: The vector, by full name of the parameters; what is not named counts as zero.
+
+        Yields:
+            For each batch the product, by full name and of the parameter's shape; zeros for what ``vectors`` leaves
+            out.
+
+        Raises:
+            PruneError: If the training step gives no loss, or one that cannot be differentiated twice.
+            TraceError: If there is no batch or the user's code fails.
+        """
+        named = dict(self._module.named_parameters())
+        backward = HessianBackward({named[name]: vector for name, vector in vectors.items()})
+        for number, batch in enumerate(self.batches(count)):
+            # Fused attention and the recurrent layers of cuDNN have no second derivative.
+            with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+                products = self._gradients_of(batch, SEED + number, backward)
+            yield products
+
+    def input_squares(self, count: int, names: Collection[str]) -> dict[str, Tensor]:
+        """Sum of the squares of all numbers that each weight is multiplied with on real batches.
+
+        In evaluation mode, or where the training step fails in that (as those of detectors do), in train mode.
+
+        Args:
+            count: Number of batches; see :meth:`batches`.
+            names: Full names of the parameters.
+
+        Returns:
+            Tensors of the parameters' shapes by full name; nothing for those that are no factor of a matrix product or
+            convolution.
+
+        Raises:
+            TraceError: If there is no batch or the user's code fails.
+        """
+        batches = self.batches(count)
+        try:
+            return self._input_squares(batches, names, False)
+        except TraceError:
+            return self._input_squares(batches, names, True)
+
+    def _input_squares(self, batches: list[Any], names: Collection[str], training: bool) -> dict[str, Tensor]:
+        named = dict(self._module.named_parameters())
+        seen = InputSquares({name: named[name] for name in names})
+        with decomposed(seen), seen:
+            for batch in batches:
+                self._step_program(batch, training).run()
+        return seen.squares()
+
+    def synaptic_flow(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Derivatives of the summed outputs of the network made positive, with respect to its parameters.
+
+        Parameters and buffers count with their absolute values, in double precision if the network can be run in that;
+        evaluation mode; inputs are ones, but for whole numbers. Outputs are those of ``forward`` on
+        ``example_input_array`` or of the first call in ``training_step``. Where ``forward`` is not called, or leaves
+        some of the parameters out, they are those of the children that the step calls.
+
+        Args:
+            names: Full names of the parameters.
+
+        Raises:
+            PruneError: If some of them have no part in the outputs.
+            TraceError: If the user's code fails on that.
+        """
+        try:
+            return self._synaptic_flow(names, torch.float64)
+        except TraceError:
+            return self._synaptic_flow(names, None)
+
+    def _synaptic_flow(self, names: Collection[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
+        children = [child for _, child in called_children(self._module)]
+        found: dict[str, Tensor] = {}
+        for parts in ([self._module], children):
+            with self._sandbox("the network on an input of ones", False):
+                found = synaptic_flow(self._module, self._forward_or_step(parts), parts, dtype)
+            if all(name in found for name in names):
+                return {name: found[name] for name in names}
+        unreached = ", ".join(name for name in names if name not in found)
+        raise PruneError(
+            f"no output of {type(self._module).__name__} depends on {unreached}, so nothing flows through it. Exclude "
+            "it, set `example_input_array` on the module, or choose a criterion that looks at weights only, such as "
+            '"lamp".'
+        )
+
+    def _forward_or_step(self, parts: Sequence[nn.Module]) -> Callable[[], object]:
+        if self._module.example_input_array is not None and self._module in parts:
+            return self._forward
+        batch = copied(self._fixed_batch())
+
+        def step() -> None:
+            with NoBackward([]):
+                self._training_step(batch)
+
+        return step
+
+    def loss(self, batches: Sequence[Any]) -> float:
+        """Mean loss of the given batches, in train mode and with the same random numbers at every call.
+
+        With manual optimization the loss of a batch is the sum of all that a backward pass starts from. All processes
+        of a distributed run must call this together; they get the same mean.
+
+        Args:
+            batches: Real batches, as from :meth:`batches`.
+
+        Raises:
+            PruneError: If the training step gives no loss.
+            TraceError: If the user's code fails.
+        """
+        found = []
+        with self._sandbox("training_step (loss)", True) as record:
+            for number, batch in enumerate(batches):
+                seed_everywhere(SEED + number)
+                with torch.no_grad(), NoBackward(record.losses):
+                    returned = self._training_step(copied(batch))
+                found.append(self._value_of_loss(returned, record.losses))
+                for kept in (record.outputs, record.logged, record.losses):
+                    kept.clear()  # else all outputs of all batches would pile up
+        return float(self._mean_over_processes(torch.stack(found).mean()))
 
     def latency(self, repeats: int = 30) -> float:
         """Measured time in seconds of one run in evaluation mode, on the batch of :meth:`programs`; a median.
@@ -273,9 +417,8 @@ class Probe:
         entered: AbstractContextManager[Any] = getattr(self._trainer.precision_plugin, context)()
         return entered
 
-    def _gradients_of(self, batch: Any, seed: int) -> dict[str, Tensor]:
+    def _gradients_of(self, batch: Any, seed: int, backward: AbstractContextManager[Any]) -> dict[str, Tensor]:
         wanted = {name: p for name, p in self._module.named_parameters() if p.is_floating_point() or p.is_complex()}
-        backward = LocalBackward(wanted.values()) if self._is_distributed() else nullcontext()
         with self._sandbox("training_step (gradients)", True, seed=seed) as record, torch.enable_grad(), backward:
             for parameter in wanted.values():  # also of parts that are frozen now, which can be pruned all the same
                 parameter.requires_grad_(True)
@@ -301,6 +444,17 @@ class Probe:
             f"training_step of {type(self._module).__name__} returned no loss that depends on the network (it returned "
             f"{type(returned).__name__}), so there is no gradient to score by. Return the loss, or a dict with the key "
             '"loss", or choose a criterion that needs no gradients.'
+        )
+
+    def _value_of_loss(self, returned: Any, handed_to_backward: Sequence[Tensor]) -> Tensor:
+        loss = returned.get("loss") if isinstance(returned, Mapping) else returned
+        losses = [loss] if self._module.automatic_optimization else list(handed_to_backward)
+        if losses and all(isinstance(part, Tensor) for part in losses):
+            return torch.stack([part.detach().float().sum() for part in losses]).sum()
+        raise PruneError(
+            f"training_step of {type(self._module).__name__} gave no loss (it returned {type(returned).__name__}). "
+            'Return the loss, or a dict with the key "loss", or with manual optimization call '
+            "`self.manual_backward(loss)`."
         )
 
     @contextmanager

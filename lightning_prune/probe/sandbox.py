@@ -161,17 +161,17 @@ def _watch_outputs(stack: ExitStack, pl_module: LightningModule, record: Record)
 
         return watch
 
-    for name, module in [("forward", pl_module), *_called_children(pl_module)]:
+    for name, module in [("forward", pl_module), *called_children(pl_module)]:
         stack.callback(module.register_forward_hook(watcher(name)).remove)
 
 
-def _called_children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def called_children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The direct children but metrics; of a mere container, which is never called itself, its children."""
     for name, child in module.named_children():
         if isinstance(child, (Metric, MetricCollection)):
             continue
         if getattr(child.forward, "__func__", None) is nn.Module.forward:
-            yield from _called_children(child, f"{prefix}{name}.")
+            yield from called_children(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child
 

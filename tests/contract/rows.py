@@ -6,17 +6,32 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_prune import (
+    SET,
+    BatchNormISTA,
     ChannelLotteryTicket,
     ChannelPruning,
     Cosine,
     Cubic,
+    DynamicNetworkSurgery,
+    EdgePopup,
     Geometric,
+    GReg,
+    GroupLasso,
     Linear,
     LotteryTicket,
     OneShot,
+    ProbMask,
     PruningCallback,
+    RegularisedPruning,
+    RigL,
+    Slimming,
+    SoftFilterPruning,
+    SparseBinaryMask,
+    Supermask,
     WeightPruning,
 )
+from lightning_prune.callbacks.groups import ChannelCallback
+from lightning_prune.callbacks.random_network import RandomNetwork
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,21 @@ class Row:
     @property
     def shrinks_in_fit(self):
         return self.callback().shrink == "rounds"
+
+    @property
+    def trains(self):
+        """Whether weights are trained, and not only chosen among."""
+        return not issubclass(self.method, RandomNetwork)
+
+    @property
+    def chooses_channels(self):
+        """Whether whole channels are chosen, and not single weights."""
+        return issubclass(self.method, ChannelCallback)
+
+    @property
+    def decides_at_the_end(self):
+        """Whether nothing is off for good before the fit ends."""
+        return self.method.always_finishes
 
     @property
     def shrinks(self):
@@ -76,5 +106,28 @@ ROWS = [
     Row("ticket", {"rounds": 2}, LotteryTicket),
     Row("ticket-late", {"rounds": 2, "rewind_to": 3, "reinit": "sign", "shrink": "never"}, LotteryTicket),
     Row("ticket-channels", {"rounds": 2, "of": "channels"}, ChannelLotteryTicket),
+    Row("edge-popup", {}, EdgePopup),
+    Row("sparse-binary-mask", {"remove": 0.7}, SparseBinaryMask),
+    Row("sparse-binary-mask-lion", {"optimizer": "lion", "lr": 0.02, "scope": "global"}, SparseBinaryMask),
+    Row("supermask", {"scope": "erk", "init": "kaiming_normal"}, Supermask),
+    Row("prob-mask", {"recalibrate": 2}, ProbMask),
     Row("weights-never", {"scope": "layer", "shrink": "never", "criterion": "random"}, WeightPruning),
+    Row("rigl", {"remove": 0.8, "every": 3}, RigL),
+    Row("set", {"remove": 0.5, "every": 2, "fraction": 0.6, "scope": "layer", "shrink": "never"}, SET),
+    Row("dynamic-surgery", {"remove": 0.8, "gamma": 0.1}, DynamicNetworkSurgery),
+    Row("slimming", {"penalty": Slimming(0.01), "criterion": "bn_scale", "of": "channels"}, RegularisedPruning),
+    Row(
+        "bn-ista",
+        {"penalty": BatchNormISTA(0.1), "criterion": "bn_scale", "schedule": OneShot(14, "step")},
+        RegularisedPruning,
+    ),
+    Row(
+        "group-lasso",
+        {"penalty": GroupLasso(0.1), "schedule": Linear(1, 2, 0.5, "epoch"), "of": "channels"},
+        RegularisedPruning,
+    ),
+    Row("group-norm", {"penalty_start": 0.4, "schedule": OneShot(2, "epoch"), "of": "params"}, RegularisedPruning),
+    Row("greg-1", {"at": 14, "unit": "step", "every": 2, "of": "channels"}, GReg),
+    Row("greg-2", {"variant": 2, "at": 14, "unit": "step", "every": 2, "first_ceiling": 0.1, "shrink": "end"}, GReg),
+    Row("soft-filters", {"at": 0.8, "of": "channels"}, SoftFilterPruning),
 ]

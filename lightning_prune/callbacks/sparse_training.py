@@ -1,0 +1,128 @@
+"""Training that is sparse from its first step, and keeps looking for the weights that are worth it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, Union
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_prune.callbacks.base import EarlyStoppingChoice
+from lightning_prune.callbacks.network import Network
+from lightning_prune.callbacks.weights import WeightPruning
+from lightning_prune.errors import ConfigurationError
+from lightning_prune.schedules import OneShot, Position
+from lightning_prune.weight_budget import Scope, select_weights
+
+
+class SET(WeightPruning):
+    """Sparse evolutionary training: the smallest weights trade places with random others (Mocanu et al., 2018).
+
+    Random weights are off from the first step on. In an update each tensor drops some of the others and grows as many,
+    at zero, somewhere else. How much, and when, is as in :class:`RigL`; the paper drops a constant share every epoch.
+
+    Args:
+        remove: Fraction of the weights that is off at any time, in [0, 1).
+        every: Number of optimizer steps between updates; in a shorter fit there is none.
+        fraction: Share of the kept weights of a tensor that an update drops; it falls to 0 along half a cosine.
+        stop: Share of the fit at which it is 0 and updates end.
+        scope: How many weights each tensor has, always, as for :class:`~lightning_prune.WeightPruning`.
+        include, exclude, floor, shrink, verify, seed, directory, early_stopping: As for
+            :class:`~lightning_prune.WeightPruning`.
+
+    Raises:
+        ConfigurationError: If an argument is wrong.
+        BudgetError: If the budget is out of reach on this network.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(max_epochs=30, callbacks=[SET(remove=0.9)], logger=False)
+    """
+
+    provenance = "published"
+
+    def __init__(
+        self, remove: float = 0.9, every: int = 100, fraction: float = 0.3, stop: float = 0.75, scope: Scope = "erk",
+        include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
+        floor: Union[int, float] = 0.001, shrink: Literal["end", "never"] = "end", verify: bool = True,  # noqa: UP007
+        seed: int = 0, directory: str | None = None, early_stopping: EarlyStoppingChoice = "keep",
+    ) -> None:  # fmt: skip
+        super().__init__(
+            "random", remove, OneShot(0, "step"), scope, include, exclude, floor, shrink=shrink, verify=verify,
+            seed=seed, directory=directory, early_stopping=early_stopping,
+        )  # fmt: skip
+        if every < 1 or not 0 < fraction < 1 or not 0 < stop <= 1:
+            raise ConfigurationError(
+                f"every must be at least 1, fraction in (0, 1) and stop in (0, 1], but they are {every}, {fraction} "
+                f"and {stop}."
+            )
+        self.every, self.fraction, self.stop = every, fraction, stop
+
+    def growth(self, network: Network) -> dict[str, Tensor]:
+        """Scores of all weights; of those that are off the highest grow. The same in all processes."""
+        draw = self.generator(f"growth {self.learnt['updates']}")
+        return {name: torch.rand(keep.shape, generator=draw) for name, keep in network.weights.keep.items()}
+
+    def share(self, position: Position) -> float:
+        """Share of the kept weights that an update drops."""
+        return self.fraction / 2 * (1 + math.cos(math.pi * position.fraction / self.stop))
+
+    @override
+    def before_batch(self, network: Network, position: Position) -> None:
+        due = int(position.step) // self.every
+        done, self.learnt["updates"] = self.learnt.get("updates", 0), due
+        old = dict(network.weights.keep)
+        if due <= done or position.fraction >= self.stop or not old:
+            return
+        growth, share = self.growth(network), self.share(position)
+        size = {name: network.tensors[name].detach().abs() for name in old}
+        new = network.broadcast({name: rewired(name, old[name], size[name], growth[name], share) for name in old})
+        # All that is not on both before and after starts afresh, with nothing left of it anywhere.
+        network.weights.set({name: old[name] & new[name] for name in old}, network.tensors)
+        network.hold_masks()
+        network.weights.set(new, network.tensors)
+        self._note(network)
+
+
+class RigL(SET):
+    """The rigged lottery: like :class:`SET`, but weights grow where the gradient is largest (Evci et al., 2020).
+
+    The gradient of all weights is taken between two steps, summed over ``batches`` batches of the training data, and
+    not on the batch that comes next. A weight that is dropped and grown in the same update just stays.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(max_epochs=30, callbacks=[RigL(remove=0.9)], logger=False)
+    """
+
+    batches = 4
+
+    @override
+    def growth(self, network: Network) -> dict[str, Tensor]:
+        taken = list(network.probe.gradients(self.batches))
+        sums = {name: torch.stack([part[name] for part in taken]).sum(0) for name in network.weights.keep}
+        return {name: network.average(total).abs() for name, total in sums.items()}
+
+
+def rewired(name: str, keep: Tensor, size: Tensor, growth: Tensor, share: float) -> Tensor:
+    """Mask of a tensor after the given share of its kept weights has gone, the smallest, and as many have grown.
+
+    Example:
+        >>> keep = torch.tensor([[True, True, False, False]])
+        >>> rewired("fc.weight", keep, torch.tensor([[3.0, 1, 0, 0]]), torch.tensor([[9.0, 0.1, 0.2, 0.4]]), share=0.5)
+        tensor([[ True, False, False,  True]])
+    """
+    kept = int(keep.sum())
+    count = int(share * kept)
+    if count == 0:
+        return keep
+    stay = highest(name, size, keep, kept - count)
+    return stay | highest(name, growth, ~stay, count)
+
+
+def highest(name: str, scores: Tensor, among: Tensor, count: int) -> Tensor:
+    """Mask of the ``count`` highest scores among the given weights of a tensor."""
+    return select_weights({name: scores}, {name: among}, remove=1 - count / among.numel(), floor=0)[name]

@@ -1,0 +1,283 @@
+"""How good a network can be of which no weight is ever trained: masks over random weights, CIFAR-10.
+
+    python -m examples.studies.random_networks --data_dir DATA --work runs/random_networks --tune
+    python -m examples.studies.random_networks --data_dir DATA --work runs/random_networks --seeds 1 2 3 --test \\
+        --out examples/results/random_networks.md
+
+Weights are drawn from the Kaiming normal law and frozen, biases are zero, norms have no learnt scale. All methods share
+weights, data order and epochs of a seed. `plain` has five convolutions, `conv-4` is that of Ramanujan et al. (2020) at
+half its width, both without batch-norm; `residual` has three residual blocks with batch-norm. With `--tune` every
+setting of every method is run with seed 0 and measured on the last 5000 training images, which are never trained on;
+the best setting of each method and net at a sparsity of 50 % is then used at every sparsity, with the seeds of
+`--seeds` and, with `--test`, on the test images. Edge-popup is tuned over more settings than the others. `random` is a
+random mask at the same ratios, `trained` trains all weights of the same net by Adam.
+
+The defaults are a small setting: images of 16 x 16, 20,000 of them, 10 epochs. `--size 32 --train 45000 --width 2
+--epochs 100` is that of the literature, for those who have a GPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
+
+from examples.studies.common import (
+    Cells,
+    Classifier,
+    Data,
+    Images,
+    accuracy,
+    arguments,
+    fit,
+    load,
+    made_by,
+    paired_table,
+)
+from lightning_prune import EdgePopup, ProbMask, PruningCallback, SparseBinaryMask, Supermask
+
+# Nets ----------------------------------------------------------------------------------------------------------------
+
+
+def sequence(blocks: Sequence[Sequence[int]], hidden: Sequence[int], size: int) -> nn.Module:
+    """Blocks of convolutions of the given widths, each block with a pool behind it, and linear layers."""
+    layers: list[nn.Module] = []
+    inputs = 3
+    for block in blocks:
+        for outputs in block:
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
+            inputs = outputs
+        layers.append(nn.MaxPool2d(2))
+        size //= 2
+    layers.append(nn.Flatten())
+    inputs *= size**2
+    for outputs in hidden:
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        inputs = outputs
+    return nn.Sequential(*layers, nn.Linear(inputs, 10))
+
+
+class Block(nn.Module):
+    """Two convolutions with batch-norm beside a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            convolution(inputs, outputs, 3, stride), nn.ReLU(), convolution(outputs, outputs, 3, 1)
+        )
+        self.shortcut = convolution(inputs, outputs, 1, stride) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def convolution(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Module:
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(layer, nn.BatchNorm2d(outputs, affine=False))
+
+
+def residual(width: int, size: int) -> nn.Module:
+    stem = convolution(3, 24 * width, 3, 1), nn.ReLU(), nn.MaxPool2d(2)
+    blocks = Block(24 * width, 24 * width, 1), Block(24 * width, 48 * width, 2), Block(48 * width, 96 * width, 2)
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96 * width, 10))
+
+
+NETS: dict[str, Callable[[int, int], nn.Module]] = {
+    "plain": lambda w, size: sequence([[32 * w], [32 * w, 64 * w], [64 * w, 64 * w]], [128 * w], size),
+    "conv-4": lambda w, size: sequence([[32 * w, 32 * w], [64 * w, 64 * w]], [128 * w, 128 * w], size),
+    "residual": residual,
+}
+
+# Methods -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method with the settings that it is tuned over.
+
+    Args:
+        callback: Makes the callback of a sparsity, a seed and a setting; None where all weights are trained.
+        settings: The settings.
+    """
+
+    callback: Callable[..., PruningCallback | None]
+    settings: list[dict[str, Any]] = field(default_factory=lambda: [{}])
+
+
+def rates(optimizer: str, *values: float, **more: Any) -> list[dict[str, Any]]:
+    return [{"optimizer": optimizer, "lr": value, **more} for value in values]
+
+
+METHODS = {
+    "trained": Method(lambda **_: None),
+    "random": Method(lambda **rest: EdgePopup(lr=1e-12, **rest)),
+    "edge-popup": Method(
+        EdgePopup,
+        [
+            *rates("sgd", 0.1, 0.3, 0.5, 1.0, 3.0, weight_decay=0.0),
+            *rates("sgd", 0.3, weight_decay=1e-4),
+            *rates("adam", 3e-4, 1e-3, 3e-3, weight_decay=0.0),
+            *rates("lion", 3e-4, 1e-3, 3e-3, weight_decay=0.0),
+        ],
+    ),
+    "supermask": Method(Supermask, [*rates("sgd", 30.0, 100.0), *rates("adam", 0.03, 0.1)]),
+    "prob-mask": Method(ProbMask, [*rates("adam", 6e-3, 2e-2), *rates("sgd", 1.0, 10.0)]),
+    "binary": Method(
+        lambda **rest: SparseBinaryMask(forward="binary", **rest),
+        [*rates("sgd", 0.1, 0.3, 1.0), *rates("lion", 3e-4, 1e-3, 3e-3)],
+    ),
+    "sparse-binary-mask": Method(SparseBinaryMask, [*rates("sgd", 3.0, 10.0, 30.0), *rates("lion", 0.01, 0.02, 0.05)]),
+}
+ABLATIONS = {
+    "no variance match": {"variance_match": False},
+    "no binary tail": {"anneal": 1.0},
+    "one budget for all": {"scope": "global"},
+    "no annealing": {"temperature": (0.3, 0.3)},
+}
+DEFAULT = ["trained", "random", "edge-popup", "sparse-binary-mask"]
+
+# The study -----------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULT)
+    parser.add_argument("--tune", action="store_true", help="try all settings at 50 %% with seed 0")
+    parser.add_argument("--ablate", action="store_true", help="take away an ingredient of sparse-binary-mask at a time")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--size", type=int, choices=[16, 32], default=16, help="of the images")
+    parser.add_argument("--width", type=int, default=1, help="factor of all widths; 2 makes conv-4 that of the paper")
+    parser.set_defaults(train=20_000, seeds=[1, 2, 3])
+    options = parser.parse_args()
+    cells = Cells(options.work / "cells.jsonl")
+    data = shrunk(load("CIFAR10", options.data_dir, options.train), 32 // options.size)
+    seeds = [0] if options.tune else options.seeds
+    for net in options.nets:
+        for seed in seeds:
+            for sparsity in [0.5] if options.tune else options.sparsities:
+                for name, setting in planned(net, cells, options):
+                    key = cell(net, name, setting, sparsity, seed, options)
+                    cells.run(key, lambda key=key: measured(key, data, options))
+    rows = [row for row in cells if common(options).items() <= row.items()]
+    text = f"# Random networks\n\n{(__doc__ or '').strip()}\n\n{made_by()}\n\n"
+    if options.tune:
+        text += tuning_table(rows)
+    else:
+        shown = [
+            r for r in rows if r["seed"] in seeds and r["net"] in options.nets and r["sparsity"] in options.sparsities
+        ]
+        shown.sort(key=lambda row: (options.nets.index(row["net"]), row["sparsity"]))
+        text += paired_table(shown, ["net", "sparsity"], "edge-popup", "accuracy", ["loss", "seconds"]) + "\n\n"
+        text += tuning_table([row for row in cells if row["seed"] == 0 and same_setting(row, options)])
+    print(text)
+    if options.out is not None:
+        options.out.write_text(text)
+
+
+def common(options: Any) -> dict[str, Any]:
+    """What results must have in common to be compared."""
+    return {name: getattr(options, name) for name in ("epochs", "size", "train", "width", "test")}
+
+
+def same_setting(row: dict[str, Any], options: Any) -> bool:
+    return row["net"] in options.nets and ({**common(options), "test": False}).items() <= row.items()
+
+
+def cell(net: str, name: str, setting: dict[str, Any], sparsity: float, seed: int, options: Any) -> dict[str, Any]:
+    used = {"net": net, "sparsity": sparsity, "seed": seed, "method": name, "setting": setting}
+    return used | common(options)
+
+
+def planned(net: str, cells: Cells, options: Any) -> list[tuple[str, dict[str, Any]]]:
+    """What to run on a net: all settings when tuning, else the best one of each method."""
+    if options.tune:
+        return [(name, setting) for name in options.methods for setting in METHODS[name].settings]
+    chosen = [(name, best(net, name, cells, options)) for name in options.methods]
+    if options.ablate:
+        whole = best(net, "sparse-binary-mask", cells, options)
+        chosen += [(name, whole | change) for name, change in ABLATIONS.items()]
+    return chosen
+
+
+def best(net: str, name: str, cells: Cells, options: Any) -> dict[str, Any]:
+    """The setting of the highest accuracy on the images held out."""
+    tried = [
+        row
+        for row in cells
+        if row["net"] == net and row["method"] == name and row["seed"] == 0 and row["sparsity"] == 0.5
+        if same_setting(row, options)
+    ]
+    if len(tried) < len(METHODS[name].settings):
+        raise SystemExit(f"{name} has not been tuned on {net}: run with --tune first")
+    return dict(max(tried, key=lambda row: row["accuracy"])["setting"])
+
+
+def measured(key: dict[str, Any], data: Data, options: Any) -> dict[str, Any]:
+    """Accuracy and training loss of one fit."""
+    L.seed_everything(key["seed"], verbose=False)
+    module = Classifier(NETS[key["net"]](options.width, options.size), 1e-3)
+    method = METHODS["sparse-binary-mask" if key["method"] in ABLATIONS else key["method"]]
+    callback = method.callback(remove=key["sparsity"], seed=key["seed"], shrink="never", **key["setting"])
+    start, losses = time.monotonic(), LastLosses()
+    fit(module, data.train, options.epochs, *([callback] if callback else []), losses)
+    images = data.test if options.test else data.validation
+    found = {"accuracy": accuracy(module, images), "loss": losses.mean(), "seconds": time.monotonic() - start}
+    return found | {"reached": callback.report.reached if callback else 0.0}
+
+
+class LastLosses(L.Callback):
+    """Mean training loss over the last epoch."""
+
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.found.clear()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        self.found.append(float(outputs["loss"]))
+
+    def mean(self) -> float:
+        return sum(self.found) / len(self.found)
+
+
+def shrunk(data: Data, factor: int) -> Data:
+    def smaller(part: Images) -> Images:
+        pooled = avg_pool2d(part.images.float(), factor) if factor > 1 else part.images
+        return Images(pooled, part.labels, part.mean, part.deviation, part.flip)
+
+    return Data(smaller(data.train), smaller(data.validation), smaller(data.test))
+
+
+def tuning_table(rows: Sequence[dict[str, Any]]) -> str:
+    """All settings that were tried, on the images held out."""
+    lines = [
+        "Tried on the images held out (seed 0, 50 %):",
+        "",
+        "| net | method | setting: accuracy |",
+        "|---|---|---|",
+    ]
+    tried: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        tried.setdefault((row["net"], row["method"]), []).append(row)
+    for (net, method), found in tried.items():
+        top = max(row["accuracy"] for row in found)
+        shown = [
+            f"{' '.join(map(str, row['setting'].values())) or '-'}: "
+            + (f"**{row['accuracy']:.2f}**" if row["accuracy"] == top else f"{row['accuracy']:.2f}")
+            for row in found
+        ]
+        lines.append(f"| {net} | {method} | {'; '.join(shown)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

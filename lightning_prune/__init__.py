@@ -3,10 +3,12 @@
 from lightning_prune.__about__ import __version__
 from lightning_prune.budget import Limits
 from lightning_prune.callbacks.base import PruningCallback
+from lightning_prune.callbacks.bayesian import BayesianPruning
 from lightning_prune.callbacks.channels import ChannelPruning
 from lightning_prune.callbacks.dsd import DSD
 from lightning_prune.callbacks.dynamic_surgery import DynamicNetworkSurgery
 from lightning_prune.callbacks.edge_popup import EdgePopup
+from lightning_prune.callbacks.grow_and_prune import GrowAndPrune
 from lightning_prune.callbacks.growing_regularisation import GReg
 from lightning_prune.callbacks.prob_mask import ProbMask
 from lightning_prune.callbacks.regularised import RegularisedPruning
@@ -65,6 +67,7 @@ __all__ = [
     "Annealing",
     "BatchNormISTA",
     "BatchNormScale",
+    "BayesianPruning",
     "BudgetError",
     "ChannelGraph",
     "ChannelGroup",
@@ -84,6 +87,7 @@ __all__ = [
     "GraSP",
     "GroupLasso",
     "GroupNormDecay",
+    "GrowAndPrune",
     "HRank",
     "Keep",
     "KeepDistribution",

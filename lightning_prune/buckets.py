@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_prune.errors import PruneError
 
-STEEPEST = 4.0
-"""Largest preference for a bucket; shares are powers of e of preferences."""
+ByName = dict[str, Tensor]
+"""Tensors, of which some are bool masks, by name of the tensor whose weights they are about."""
+
+STEEPEST = 3.0
+"""Largest preference; shares are powers of e of preferences."""
 
 
 class SmallWeights:
     """Sets of as many weights as a first set has, of which a part may be exchanged for small weights.
 
     A set is described by a vector: the number of exchanged weights as a share of all in the set, then a preference for
-    each bucket. As many of the smallest weights of the first set as the share says are let go. The buckets then send
-    the same number of those that are not in the set, in proportion to the powers of e of their preferences as far as
-    they have so many, and each the ones of highest gain first. What was let go may come back that way.
+    each tensor, for each quantile of magnitude and for each quantile of gain, from the lowest on. As many of the
+    smallest weights of the first set as the share says are let go. Buckets then send the same number of those that are
+    not in the set, each the ones of highest gain first. What was let go may come back that way.
 
-    A bucket holds the weights of one tensor that are alike in magnitude and gain, cut at the quantiles of that tensor.
-    Weights that no description lets go are in none.
+    A bucket holds the weights of one tensor that lie in the same quantiles of that tensor; its share is the power of e
+    of the sum of its three preferences. Weights that no description lets go are in none.
 
     Args:
         magnitudes: Magnitudes of all weights, by name of the tensor.
@@ -39,7 +42,7 @@ class SmallWeights:
         >>> weights, gains = {"fc": torch.tensor([4.0, 3.0, 2.0, 1.0])}, {"fc": torch.tensor([0.0, 0.0, 1.0, 5.0])}
         >>> first, alive = {"fc": weights["fc"] > 2.5}, {"fc": weights["fc"] > 0}
         >>> sets = SmallWeights(weights, gains, first, alive, fraction=0.5, quantiles=1)
-        >>> sets.chosen(torch.tensor([0.0, 0.0]))["fc"], sets.chosen(torch.tensor([0.5, 0.0]))["fc"]
+        >>> sets.chosen(sets.starts[0])["fc"], sets.chosen(sets.starts[-1])["fc"]
         (tensor([ True,  True, False, False]), tensor([ True, False, False,  True]))
     """
 
@@ -62,7 +65,7 @@ class SmallWeights:
         self._descending = kept.nonzero().flatten()[_flat(magnitudes)[kept].argsort(descending=True, stable=True)]
         self.size = len(self._descending)
         always = self._descending[: self.size - round(fraction * self.size)]
-        candidates = _flat(alive)
+        candidates = _flat({name: alive.get(name, torch.ones(shape)).bool() for name, shape in self._shapes.items()})
         candidates[always] = False
         parts = [
             number * quantiles**2 + _quantile(magnitude, mask, quantiles) * quantiles + _quantile(gain, mask, quantiles)
@@ -70,7 +73,7 @@ class SmallWeights:
                 zip(self._split(_flat(magnitudes)), self._split(_flat(gains)), self._split(candidates), strict=True)
             )
         ]
-        self.buckets = len(parts) * quantiles**2
+        self._buckets = len(parts) * quantiles**2
         members = candidates.nonzero().flatten()
         by_gain = members[_flat(gains)[members].argsort(descending=True, stable=True)]
         bucket = torch.cat(parts)[by_gain]
@@ -79,22 +82,22 @@ class SmallWeights:
         self._quantiles, self._fraction = quantiles, fraction
 
     @property
-    def lower(self) -> Tensor:
-        """Least values of a description."""
-        return torch.tensor([0.0] + [-STEEPEST] * self.buckets, dtype=torch.float64)
-
-    @property
     def upper(self) -> Tensor:
         """Largest values of a description."""
-        return torch.tensor([self._fraction] + [STEEPEST] * self.buckets, dtype=torch.float64)
+        preferences = len(self._shapes) + 2 * self._quantiles
+        return torch.tensor([self._fraction] + [STEEPEST] * preferences, dtype=torch.float64)
+
+    @property
+    def lower(self) -> Tensor:
+        """Least values of a description."""
+        return torch.cat([torch.zeros(1, dtype=torch.float64), -self.upper[1:]])
 
     @property
     def starts(self) -> list[Tensor]:
-        """The first set itself; half and all that can be exchanged is, for whatever gains most."""
-        by_gain = torch.arange(self.buckets) % self._quantiles / max(self._quantiles - 1, 1)
-        steep = STEEPEST * (2 * by_gain.double() - 1)
-        shares = [0.0, self._fraction / 2, self._fraction]
-        return [torch.cat([torch.tensor([share], dtype=torch.float64), steep]) for share in shares]
+        """The first set itself; then half and all that can be exchanged is, for whatever gains most."""
+        start = torch.zeros_like(self.upper)
+        start[-self._quantiles :] = torch.linspace(-STEEPEST, STEEPEST, self._quantiles)
+        return [start, *(torch.cat([share * self.upper[:1], start[1:]]) for share in (0.5, 1.0))]
 
     def chosen(self, description: Tensor) -> dict[str, Tensor]:
         """Bool masks of the described set."""
@@ -103,13 +106,47 @@ class SmallWeights:
         chosen[self._descending[: self.size - exchanged]] = True
         free = ~chosen[self._members]
         members, bucket = self._members[free], self._bucket[free]
-        counts = bucket.bincount(minlength=self.buckets)
-        sent = quotas(description[1:], exchanged, counts)
+        counts = bucket.bincount(minlength=self._buckets)
+        parts = len(self._shapes), self._quantiles, self._quantiles
+        by_tensor, by_magnitude, by_gain = description[1:].split(parts)
+        preferences = by_tensor[:, None, None] + by_magnitude[:, None] + by_gain
+        sent = quotas(preferences.flatten(), exchanged, counts)
         rank = torch.arange(len(members)) - (counts.cumsum(0) - counts)[bucket]
         chosen[members[rank < sent[bucket]]] = True
         return self._named(chosen)
 
-    def swapped(self, keep: Mapping[str, Tensor], gains: Mapping[str, Tensor], most: int) -> dict[str, Tensor] | None:
+    def refined(
+        self,
+        keep: ByName,
+        sweeps: int,
+        gains: Callable[[ByName], ByName],
+        loss: Callable[[ByName], float],
+        allowed: Callable[[ByName], ByName],
+    ) -> ByName:
+        """The set after exchanging its worst small weights for the best outside, again and again while the loss falls.
+
+        At first a fiftieth of the set is exchanged at once, and half as many after each exchange that is taken back.
+
+        Args:
+            keep: Bool masks of the set.
+            sweeps: How many exchanges are tried.
+            gains: Estimated gains of all weights at a set.
+            loss: Loss of a set.
+            allowed: The set itself, or the nearest one that may be chosen.
+        """
+        least, most, estimated = loss(keep), max(1, self.size // 50), gains(keep)
+        for _ in range(sweeps):
+            swapped = self.swapped(keep, estimated, most)
+            if swapped is None:
+                break
+            changed = allowed(swapped)
+            if (value := loss(changed)) < least:
+                keep, least, estimated = changed, value, gains(changed)
+            else:
+                most = max(1, most // 2)
+        return keep
+
+    def swapped(self, keep: ByName, gains: ByName, most: int) -> ByName | None:
         """The set with the worst small weights in it exchanged for the best outside, where these gain more.
 
         Args:
@@ -134,8 +171,9 @@ class SmallWeights:
         parts = zip(self._shapes.items(), self._split(flat), strict=True)
         return {name: part.view(shape) for (name, shape), part in parts}
 
-    def _split(self, flat: Tensor) -> tuple[Tensor, ...]:
-        return flat.split([shape.numel() for shape in self._shapes.values()])
+    def _split(self, flat: Tensor) -> Sequence[Tensor]:
+        parts: Sequence[Tensor] = flat.split([shape.numel() for shape in self._shapes.values()])
+        return parts
 
 
 def quotas(preferences: Tensor, count: int, sizes: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import math
@@ -32,7 +33,7 @@ HELD_OUT = 5000
 
 
 class Images(Dataset):
-    """Images in memory, handed out batch by batch with mean 0 and variance 1; training ones flipped at random if told."""
+    """Images in memory, handed out batch by batch with mean 0 and variance 1, flipped at random if told."""
 
     def __init__(self, images: Tensor, labels: Tensor, mean: Tensor, deviation: Tensor, flip: bool) -> None:
         self.images, self.labels, self.mean, self.deviation, self.flip = images, labels, mean, deviation, flip
@@ -90,7 +91,7 @@ def _part(name: str, folder: Path, train: bool) -> tuple[Tensor, Tensor]:
     if files:
         stored = np.load(files[0])
         packed, offsets = torch.from_numpy(stored["jpeg"]), stored["offsets"]
-        images = [decode_image(packed[a:b]) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        images = [decode_image(packed[a:b]) for a, b in itertools.pairwise(offsets)]
         return torch.stack(images), torch.from_numpy(stored["labels"])
     known = getattr(datasets, name)(str(folder), train=train)
     images = torch.as_tensor(known.data)

@@ -3,18 +3,18 @@
     python -m examples.studies.small_weights --data_dir DATA --work runs/small_weights --test \\
         --out examples/results/small_weights.md
 
-Each net is trained dense once for each seed. From there every method prunes in one go and trains on for the same number
-of epochs, with the same batches in the same order; `dense` trains on without pruning, and `random` keeps as many weights
-of each tensor as `magnitude` does, chosen by chance. `before` is the accuracy right after pruning. Choices are made
-without `--test`, on the last 5000 training images, which are never trained on; with it the test images are used. A run
-that was stopped goes on where it was, and several processes may share the seeds of one `--work` folder.
+Each net is trained dense once for each seed. From there every method prunes in one go and trains on for the same
+number of epochs, with the same batches in the same order. `dense` trains on without pruning; `random` keeps as many
+weights of each tensor as `magnitude` does, chosen by chance; `swaps` exchanges small weights by estimated gain alone,
+without an optimizer before. `before` is the accuracy right after pruning. Choices are made without `--test`, on the
+last 5000 training images, which are never trained on; with it the test images are used. A run that was stopped goes on
+where it was, and several processes may share the seeds of one `--work` folder.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -35,20 +35,21 @@ from examples.studies.common import (
 from lightning_prune import OneShot, PruningCallback, SmallWeightSearch, WeightCriterion, WeightPruning
 
 SEARCHES = ["genetic", "particle_swarm", "annealing", "cross_entropy"]
-METHODS = ["dense", "random", "magnitude", *SEARCHES]
+METHODS = ["dense", "random", "magnitude", "swaps", *SEARCHES]
+OURS = ["small_fraction", "sweeps", "batches"]
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["lenet-300-100", "small-conv"])
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.9, 0.95, 0.98])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS[:3], "genetic"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS[:5])
     parser.add_argument("--epochs", type=int, default=8, help="of the dense training")
     parser.add_argument("--tuning", type=int, default=3, help="epochs after pruning")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of the dense training")
     parser.add_argument("--tuning_rate", type=float, default=5e-4, help="learning rate after pruning")
     parser.add_argument("--small_fraction", type=float, default=0.3)
-    parser.add_argument("--sweeps", type=int, default=10)
+    parser.add_argument("--sweeps", type=int, default=20)
     parser.add_argument("--batches", type=int, default=16, help="batches that the search looks at")
     options = parser.parse_args()
     cells = Cells(options.work / "cells.jsonl")
@@ -74,7 +75,7 @@ def settings(options: Any) -> dict[str, Any]:
 
 def of_method(method: str, options: Any) -> dict[str, Any]:
     """What belongs to the results of a method alone."""
-    names = ("small_fraction", "sweeps", "batches") if method in SEARCHES else ()
+    names = OURS if method in ("swaps", *SEARCHES) else ()
     return {"method": method, **{name: getattr(options, name) for name in names}}
 
 
@@ -130,17 +131,16 @@ def pruning(method: str, sparsity: float, seed: int, options: Any) -> PruningCal
     shared = {"remove": sparsity, "schedule": OneShot(0, "step"), "shrink": "never", "seed": seed}
     if method == "dense":
         return None
-    if method in SEARCHES:
-        names = ("small_fraction", "sweeps", "batches")
-        chosen = {name: getattr(options, name) for name in names}
-        return SmallWeightSearch(optimizer=method, **chosen, **shared)
+    if method in ("swaps", *SEARCHES):
+        chosen = {name: getattr(options, name) for name in OURS}
+        return SmallWeightSearch(optimizer=None if method == "swaps" else method, **chosen, **shared)
     return WeightPruning("magnitude" if method == "magnitude" else Shuffled(), **shared)
 
 
 class Shuffled(WeightCriterion):
     """The magnitudes of each tensor in random order: the ratios of magnitude pruning, without its choice."""
 
-    def score(self, weights: Any, gradients: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def score(self, weights: Any, source: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
         return {
             name: weight.abs().flatten()[torch.randperm(weight.numel(), generator=generator)].view(weight.shape)
             for name, weight in weights.items()

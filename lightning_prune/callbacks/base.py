@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
@@ -18,12 +17,14 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_prune.budget import check_fraction
+from lightning_prune.callbacks.method import PruningMethod
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.outcome import log_final_metrics, log_metrics, make_report, save_outcome
 from lightning_prune.callbacks.rewinding import rewind, taken_down
 from lightning_prune.callbacks.support import (
     check_schedule,
     last_position_of,
+    length_of,
     position_of,
     refuse_unsupported,
     reset_early_stopping,
@@ -44,18 +45,13 @@ Shrink = Literal["rounds", "end", "never"]
 EarlyStoppingChoice = Literal["keep", "reset"]
 
 
-class PruningCallback(Callback, ABC):
+class PruningCallback(PruningMethod, Callback):
     """Base of the callbacks that decide what goes: rounds on a schedule, masks, shrinking, checkpoints, report.
 
-    A subclass does a round in :meth:`carry_out`; everything else has a default. Methods that choose channels start from
-    :class:`~lightning_prune.callbacks.groups.ChannelCallback`. See :class:`~lightning_prune.ChannelPruning` for the
-    arguments.
+    What a subclass gives is in :class:`~lightning_prune.callbacks.method.PruningMethod`. Methods that choose channels
+    start from :class:`~lightning_prune.callbacks.groups.ChannelCallback`. See
+    :class:`~lightning_prune.ChannelPruning` for the arguments.
     """
-
-    rewind_to: int | None = None
-    """Optimizer step to which optimizers and schedules go back after each round; None lets them go on."""
-    always_finishes: bool = False
-    """Whether the last round takes place when the fit ends, even if that is before the schedule says so."""
 
     def __init__(
         self,
@@ -95,66 +91,15 @@ class PruningCallback(Callback, ABC):
             raise unknown_name("choice for early_stopping", early_stopping, ["keep", "reset"])
         if recalibrate < 0:
             raise ConfigurationError(f"recalibrate is a number of batches, so at least 0, but is {recalibrate}.")
-        self._record: dict[str, Any] = {}
+        self._record = {}
         self._module: weakref.ref[LightningModule] | None = None
         self._network: Network | None = None
         self._probe: Probe | None = None
         self._handles: list[RemovableHandle] = []
         self._about_to_step: Optimizer | None = None
-        self._observing = False
+        self._observing = self._works = False
         self._logged_epoch = -1
         self._report: PruneReport | None = None
-
-    # What a method decides -------------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def carry_out(self, network: Network, level: float) -> None:
-        """Choose what goes in this round, and remove or mask it, in all processes alike.
-
-        Args:
-            network: The network as it is.
-            level: Share of the budget that must be reached by this round, in (0, 1].
-        """
-
-    @abstractmethod
-    def removed(self, network: Network) -> float:
-        """Fraction removed so far, in the measure of the budget."""
-
-    def can_prune(self, network: Network) -> bool:
-        """Whether there is anything in the network that may go."""
-        return bool(network.graph.groups)
-
-    def before_the_end(self, network: Network) -> None:
-        """Last changes of the masks before what is masked is removed; only called with ``shrink="end"``."""
-
-    def prepare(self, network: Network) -> None:
-        """Look at the network once before training; raise if the budget cannot work on it."""
-
-    def resume(self, network: Network) -> None:
-        """Get ready for training, be it at its start or after a stop; called once in each fit, after ``prepare``."""
-
-    def before_batch(self, network: Network, position: Position) -> None:
-        """Called before each batch of training, after a round that is due.
-
-        Args:
-            network: The network as it is.
-            position: How far the fit has come.
-        """
-
-    def before_step(self, network: Network, optimizer: Optimizer) -> None:
-        """Called before each step of an optimizer, with gradients there and those of what is off zeroed."""
-
-    def after_step(self, network: Network, optimizer: Optimizer) -> None:
-        """Called after each step of an optimizer, with what is off zeroed."""
-
-    @property
-    def learnt(self) -> dict[str, Any]:
-        """What the method has learnt and a resumed fit must know: tensors and plain types, saved in checkpoints.
-
-        It lives on between fits of the same module, and is empty at the start of the first.
-        """
-        found: dict[str, Any] = self._record.setdefault("learnt", {})
-        return found
 
     @property
     def report(self) -> PruneReport:
@@ -225,6 +170,7 @@ class PruningCallback(Callback, ABC):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._probe = Probe(trainer, pl_module)
         if self._record.get("level", 0.0) < 1:
+            self.check_length(length_of(trainer))
             check_schedule(trainer, self._schedule)
         # Batches of a new loader are preferred to those that training sees: a resumed fit gets the same ones.
         self._observing = not self._probe.ready()
@@ -252,15 +198,24 @@ class PruningCallback(Callback, ABC):
         if self._round_if_due(trainer, position_of(trainer, batch_idx)) or self._logged_epoch != trainer.current_epoch:
             log_metrics(trainer, pl_module, self._record["now"])
             self._logged_epoch = trainer.current_epoch
-        if self._network is not None:
+        if self._network is not None and self._works:
             self.before_batch(self._network, position_of(trainer, batch_idx))
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._network is not None:
+        if self._network is not None and self._works:
+            self.before_masking(self._network, optimizer)
             self._network.mask_gradients()
             self._about_to_step = optimizer
             self.before_step(self._network, optimizer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # A step that was announced and not taken, as when the gradients of half precision overflow.
+        if self._network is not None and self._about_to_step is not None:
+            self._after_step(self._about_to_step, (), {})
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -273,12 +228,14 @@ class PruningCallback(Callback, ABC):
         if self.always_finishes and self._record["level"] < 1 and self.can_prune(network):
             self._round(trainer, network, 1.0)
             changed = True
-        if self.shrink == "end":
+        if self.shrink == "end" and self._works:
             self.before_the_end(network)
+            self._note(network)
             changed |= self._shrink_at_end(network)
         if changed:
             log_final_metrics(trainer, self._record["now"])
-        self._report = make_report(self._record, network, Request(self.remove, self.of))
+        request = Request(self.goal, self.of)
+        self._report = make_report(self._record, network, request, self.notes(network) if self._works else [])
         say(trainer, self._report.table())
         save_outcome(trainer, self._report, self.directory)
 
@@ -313,7 +270,8 @@ class PruningCallback(Callback, ABC):
                 self._record.clear()
                 raise
         self._network = network
-        if self.can_prune(network):
+        self._works = self.can_prune(network)
+        if self._works:
             self.resume(network)
         network.rewrap()
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
@@ -335,7 +293,7 @@ class PruningCallback(Callback, ABC):
         # With its gradients masked most optimizers leave nothing to undo, and to look costs as much as to mask.
         undisturbed = self._about_to_step is optimizer and leaves_zeros(optimizer)
         self._about_to_step = None
-        if self._network is None:
+        if self._network is None or not self._works:
             return
         if not undisturbed:
             self._network.mask_weights()

@@ -60,6 +60,15 @@ class DSD(WeightPruning):
         )  # fmt: skip
         self.start, self.end = start, end
 
+    @property
+    @override
+    def goal(self) -> float:
+        return 0.0
+
+    @override
+    def notes(self, network: Network) -> list[str]:
+        return [f"{self.remove:.1%} of the weights were off for a time; dense-sparse-dense training compresses nothing"]
+
     @override
     def before_batch(self, network: Network, position: Position) -> None:
         if network.weights.keep and position.fraction >= self.end:

@@ -7,19 +7,17 @@ from typing import Literal, Union
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
 from lightning_prune.callbacks.base import EarlyStoppingChoice
 from lightning_prune.callbacks.network import Network
-from lightning_prune.callbacks.weights import WeightPruning
-from lightning_prune.effective import EffectiveWeights
+from lightning_prune.callbacks.revivable import RevivablePruning, Tensors
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.schedules import Schedule, ScheduleName
 from lightning_prune.weight_budget import Scope, select_weights
 
 
-class DynamicNetworkSurgery(WeightPruning):
+class DynamicNetworkSurgery(RevivablePruning):
     """Cuts weights that have become small and splices those in again that have grown (Guo et al., 2016).
 
     From the first round of the schedule on, the network computes with masked weights while the optimizer moves all of
@@ -61,87 +59,23 @@ class DynamicNetworkSurgery(WeightPruning):
         if gamma < 0 or power < 0:
             raise ConfigurationError(f"gamma and power must be at least 0, but they are {gamma} and {power}.")
         self.gamma, self.power = gamma, power
-        self._effective: EffectiveWeights | None = None
 
     @override
-    def resume(self, network: Network) -> None:
-        super().resume(network)
-        if any(isinstance(optimizer, LBFGS) for optimizer in network.optimizers):
-            raise ConfigurationError(
-                "LBFGS computes the loss again in the middle of its step, when no weight is masked. Use an optimizer "
-                "that computes it once, such as SGD or AdamW."
-            )
-        self._effective = self._operate(network) if "surgery" in self.learnt else None
-
-    @override
-    def before_step(self, network: Network, optimizer: Optimizer) -> None:
-        if self._effective is not None:
-            self._effective.place_dense()
-
-    @override
-    def after_step(self, network: Network, optimizer: Optimizer) -> None:
-        if self._effective is None:
-            return
-        surgery = self.learnt["surgery"]
-        self._effective.take_over()
-        surgery["steps"] += 1
-        chance = (1 + self.gamma * surgery["steps"]) ** -self.power
-        if torch.rand((), generator=self.generator(f"surgery {surgery['steps']}")) < chance:
-            self._update_masks()
-        self._effective.place(surgery["keep"])
-
-    @override
-    def carry_out(self, network: Network, level: float) -> None:
-        if "surgery" not in self.learnt:
-            dense = {name: network.tensors[name] for name in self._eligible(network)}
-            keep = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in dense.items()}
-            self.learnt["surgery"] = {"dense": dense, "keep": keep | network.weights.keep, "steps": 0}
-            network.weights.keep.clear()
-        effective = self._effective = self._operate(network)
-        if level == 1:
-            self._settle(network, effective, level)
-            return
-        surgery, size = self.learnt["surgery"], {name: dense.abs() for name, dense in effective.dense.items()}
+    def masks_at_round(self, network: Network, dense: Tensors, keep: Tensors, level: float) -> Tensors:
+        size = {name: weight.abs() for name, weight in dense.items()}
         best = network.broadcast(select_weights(size, {}, self.remove * level, self.scope, self.floor))
-        surgery["thresholds"] = {name: float(size[name].cpu()[best[name]].min()) for name in size}
-        self._update_masks()
-        effective.place(surgery["keep"])
+        self.learnt["thresholds"] = {name: float(size[name].cpu()[best[name]].min()) for name in size}
+        return self._updated(dense, keep)
 
     @override
-    def before_the_end(self, network: Network) -> None:
-        if self._effective is not None:
-            self._settle(network, self._effective, self._record["level"])
-            self._note(network)
-        super().before_the_end(network)
+    def masks_after_step(self, dense: Tensors, keep: Tensors) -> Tensors:
+        self.learnt["steps"] = step = self.learnt.get("steps", 0) + 1
+        chance = (1 + self.gamma * step) ** -self.power
+        due = torch.rand((), generator=self.generator(f"surgery {step}")) < chance
+        return self._updated(dense, keep) if due else keep
 
-    @override
-    def removed(self, network: Network) -> float:
-        if self._effective is None:
-            return super().removed(network)
-        kept = sum(int(keep.sum()) for keep in self.learnt["surgery"]["keep"].values())
-        return 1 - kept / float(sum(self._record["eligible"].values()))
-
-    def _operate(self, network: Network) -> EffectiveWeights:
-        """Have the network compute with masked weights, and what was learnt hold the dense ones."""
-        surgery = self.learnt["surgery"]
-        tensors = {name: network.tensors[name] for name in surgery["dense"]}
-        effective = EffectiveWeights(tensors, surgery["dense"])
-        surgery["dense"] = effective.dense
-        surgery["keep"] = {name: keep.to(tensors[name].device) for name, keep in surgery["keep"].items()}
-        effective.place(surgery["keep"])
-        return effective
-
-    def _update_masks(self) -> None:
-        surgery = self.learnt["surgery"]
-        dense, thresholds = surgery["dense"], surgery["thresholds"]
-        surgery["keep"] = {name: spliced(keep, dense[name], thresholds[name]) for name, keep in surgery["keep"].items()}
-
-    def _settle(self, network: Network, effective: EffectiveWeights, level: float) -> None:
-        """Keep the largest weights for good, and forget the others."""
-        effective.place_dense()
-        self._effective = None
-        del self.learnt["surgery"]
-        super().carry_out(network, level)
+    def _updated(self, dense: Tensors, keep: Tensors) -> Tensors:
+        return {name: spliced(keep[name], dense[name], self.learnt["thresholds"][name]) for name in keep}
 
 
 def spliced(keep: Tensor, dense: Tensor, threshold: float) -> Tensor:

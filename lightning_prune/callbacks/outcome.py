@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,10 @@ def log_final_metrics(trainer: Trainer, now: Mapping[str, float]) -> None:
         logger.log_metrics({f"prune/{name}": float(now[name]) for name in _METRICS}, step=trainer.global_step)
 
 
-def make_report(record: Mapping[str, Any], network: Network, requested: Request) -> PruneReport:
-    """The report of a fit that has ended."""
+def make_report(
+    record: Mapping[str, Any], network: Network, requested: Request, notes: Sequence[str] = ()
+) -> PruneReport:
+    """The report of a fit that has ended, with what the method itself has to remark."""
     kept = network.widths()
     return PruneReport(
         groups=tuple(GroupWidth(name, width, kept[name]) for name, width in network.original.items()),
@@ -41,7 +43,7 @@ def make_report(record: Mapping[str, Any], network: Network, requested: Request)
         requested=requested,
         reached=record["now"]["removed"],
         refused=tuple(network.graph.refused),
-        notes=tuple(_notes(record, network)),
+        notes=(*notes, *_notes(record, network)),
         weights=tuple(GroupWidth(name, record["eligible"][name], kept) for name, kept in network.weights.kept.items()),
         history=tuple(Round(int(epoch), int(step), float(share)) for epoch, step, share in record["rounds"]),
     )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 
-from lightning import LightningModule, Trainer
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.callbacks.channels import ChannelPruning
 from lightning_prune.callbacks.network import Network
-from lightning_prune.callbacks.support import length_of
 from lightning_prune.penalties import Step, learning_rates
 from lightning_prune.schedules import Position, Schedule
 
@@ -37,6 +37,12 @@ class PhasedPruning(ChannelPruning):
         """Whether the last round is still to come."""
         return self.can_prune(network) and self._record["level"] < 1
 
+    def rehearsed(self, network: Network) -> Mapping[str, Tensor]:
+        """The units that would be kept if the last round were now, in all processes alike."""
+        keep = network.broadcast(super().select(network, 1.0))
+        network.rewrap()  # latency is measured on trial cuts
+        return keep
+
     def step(self, network: Network, optimizer: Optimizer) -> Step:
         """What a penalty on the groups that may be cut sees of a step of this optimizer."""
         groups = {name: network.graph.groups[name] for name in self._eligible(network)}
@@ -53,10 +59,8 @@ class PhasedPruning(ChannelPruning):
         return {name: value / mean for name, value in saved.items()}
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._record.get("level", 0.0) < 1:
-            self.check_phases(last_round(self._schedule, length_of(trainer)))
-        super().on_train_start(trainer, pl_module)
+    def check_length(self, length: Position) -> None:
+        self.check_phases(last_round(self._schedule, length))
 
 
 def last_round(schedule: Schedule, length: Position) -> Position:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Union
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -22,7 +21,45 @@ from lightning_prune.weight_budget import Scope
 
 
 class SmallWeightSearch(WeightPruning):
-    """Keeps the largest weights, and instead of the rest small ones that an optimizer picks."""
+    """Keeps the largest weights, and beside them small ones that an optimizer picks, after Y. Chung (thesis, 2021).
+
+    Each round starts from the weights of largest magnitude. The smallest of them may be exchanged for others: an
+    optimizer tries how many, from which tensors, of which magnitudes and of which estimated gain, and looks at the loss
+    of the network on a fixed set of batches each time; sweeps of single exchanges follow. As many weights stay as by
+    magnitude pruning, and the loss on these batches is never higher. It takes ``batches`` forwards for each of
+    ``population * (generations + 1)`` trials, and up to three times that for each sweep, at each round.
+
+    Only an abstract of the thesis could be read: the buckets, the estimate, the optimizers and the sweeps are ours.
+
+    Args:
+        remove: As for :class:`~lightning_prune.WeightPruning`.
+        small_fraction: Largest share of the kept weights that are exchanged, in [0, 1].
+        optimizer: ``"genetic"``, ``"particle_swarm"``, ``"annealing"``, ``"cross_entropy"``, or a
+            :class:`~lightning_prune.Search`; None for the sweeps alone.
+        batches: Number of batches to look at the loss of.
+        sweeps: Exchanges to try afterwards.
+        schedule: As for :class:`~lightning_prune.WeightPruning`; several rounds make a ladder of sparsities.
+        scope: As for :class:`~lightning_prune.WeightPruning`.
+        include: As for :class:`~lightning_prune.WeightPruning`.
+        exclude: As for :class:`~lightning_prune.WeightPruning`.
+        floor: As for :class:`~lightning_prune.WeightPruning`.
+        reinit: As for :class:`~lightning_prune.WeightPruning`.
+        shrink: As for :class:`~lightning_prune.WeightPruning`.
+        verify: As for :class:`~lightning_prune.WeightPruning`.
+        recalibrate: As for :class:`~lightning_prune.WeightPruning`.
+        seed: As for :class:`~lightning_prune.WeightPruning`.
+        directory: As for :class:`~lightning_prune.WeightPruning`.
+        early_stopping: As for :class:`~lightning_prune.WeightPruning`.
+
+    Raises:
+        ConfigurationError: If an argument is wrong, or can have no effect in this fit.
+        BudgetError: If the budget is out of reach on this network.
+        PruneError: If the training step gives no loss, or gradients are not finite.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(max_epochs=30, callbacks=[SmallWeightSearch(remove=0.95)], logger=False)
+    """
 
     provenance = "reconstruction"
 
@@ -30,9 +67,9 @@ class SmallWeightSearch(WeightPruning):
         self,
         remove: float = 0.9,
         small_fraction: float = 0.3,
-        optimizer: Union[SearchName, Search] = "genetic",  # noqa: UP007
+        optimizer: Union[SearchName, Search, None] = "genetic",  # noqa: UP007
         batches: int = 16,
-        sweeps: int = 10,
+        sweeps: int = 20,
         schedule: Union[ScheduleName, Schedule] = "one_shot",  # noqa: UP007
         scope: Scope = "global",
         include: Sequence[str] | None = None,
@@ -55,40 +92,28 @@ class SmallWeightSearch(WeightPruning):
                 f"small_fraction must lie in [0, 1], batches be at least 1 and sweeps at least 0, but they are "
                 f"{small_fraction}, {batches} and {sweeps}."
             )
-        self.small_fraction = small_fraction
-        self.optimizer = optimizer
-        self.batches = batches
-        self.sweeps = sweeps
-        self._search = search_from(optimizer)
+        self.small_fraction, self.optimizer, self.batches, self.sweeps = small_fraction, optimizer, batches, sweeps
+        self._search = None if optimizer is None else search_from(optimizer)
 
     @override
     def carry_out(self, network: Network, level: float) -> None:
         sizes = {name: weight.abs().double() for name, weight in self._weights(network).items()}
-        masks = network.weights.keep
-        alive = {name: masks.get(name, torch.ones(size.shape, dtype=torch.bool)) for name, size in sizes.items()}
-        trial = TrialMasks(network, self.batches)
-        largest = self._select(network, sizes, level)
-        sets = SmallWeights(sizes, trial.gains(largest), largest, alive, self.small_fraction)
-        top = max(float(size.max()) for size in sizes.values()) or 1.0
+        scale = max(float(size.max()) for size in sizes.values()) or 1.0
 
         def allowed(chosen: dict[str, Tensor]) -> dict[str, Tensor]:
-            """The set itself, or where floors or the scope forbid it, the nearest one that they allow."""
-            return self._select(network, {n: size / top + 2 * chosen[n].to(size) for n, size in sizes.items()}, level)
+            """The set itself, or the nearest one where floors or the scope forbid it."""
+            scores = {name: size / scale + 2 * chosen[name].to(size) for name, size in sizes.items()}
+            return self._select(network, scores, level)
 
-        found = self._search.minimise(
-            lambda point: trial.loss(allowed(sets.chosen(point))),
-            sets.starts, sets.lower, sets.upper, self.generator("search"),
-        )  # fmt: skip
-        best, loss, most = allowed(sets.chosen(found.point)), found.value, max(1, sets.size // 200)
-        for _ in range(self.sweeps):
-            swapped = sets.swapped(best, trial.gains(best), most)
-            if swapped is None:
-                break
-            swapped = allowed(swapped)
-            changed = trial.loss(swapped)
-            if changed < loss:
-                best, loss = swapped, changed
-            else:
-                most = max(1, most // 2)
-        network.weights.set(network.broadcast(best), network.tensors)
+        largest, trial = self._select(network, sizes, level), TrialMasks(network, self.batches)
+        sets = SmallWeights(sizes, trial.gains(largest), largest, network.weights.keep, self.small_fraction)
+        picked = largest
+        if self._search is not None:
+            found = self._search.minimise(
+                lambda point: trial.loss(allowed(sets.chosen(point))),
+                sets.starts, sets.lower, sets.upper, self.generator("search"),
+            )  # fmt: skip
+            picked = allowed(sets.chosen(found.point))
+        picked = sets.refined(picked, self.sweeps, trial.gains, trial.loss, allowed)
+        network.weights.set(network.broadcast(picked), network.tensors)
         network.hold_masks()

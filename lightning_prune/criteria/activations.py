@@ -15,6 +15,8 @@ from lightning_prune.errors import ConfigurationError, PruneError
 from lightning_prune.graph.activations import Observer, Reading
 from lightning_prune.graph.channels import ChannelGroup
 
+UNREAD = "no operator reads it with a parameter in evaluation mode"
+
 
 @dataclass(frozen=True)
 class RunningNetwork:
@@ -140,7 +142,7 @@ class ActivationCriterion(RunCriterion):
 
         for run in network.batches:
             run(observer)
-        self.refuse(set(wanted) - read, "no operator reads it with a parameter")
+        self.refuse(set(wanted) - read, UNREAD)
         self.refuse(read - sums.keys(), f"nothing that reads it is given {self.needs}")
         return {name: total / counts[name] for name, total in sums.items()}
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_prune.criteria.activations import RunCriterion, RunningNetwork
+from lightning_prune.criteria.activations import UNREAD, RunCriterion, RunningNetwork
+from lightning_prune.criteria.base import normalise
 from lightning_prune.graph.activations import Observer, Reading
 from lightning_prune.graph.channels import Slot
 
@@ -22,6 +24,8 @@ class NISP(RunCriterion):
     stream is worth at each place what is read of it from there on. Norms, activations, pooling and depthwise
     convolutions hand importance on as it is. What belongs to no group, as the outputs of the network, is as important
     as the variance of its responses (the source ranks the final responses by a method of feature selection instead).
+
+    Importance grows from layer to layer, so scores are relative to the mean of their group.
 
     Args:
         batches: Number of real batches to average over, at least 1.
@@ -40,41 +44,46 @@ class NISP(RunCriterion):
     def scores(
         self, network: RunningNetwork, wanted: Collection[str], generator: torch.Generator
     ) -> Mapping[str, Tensor]:
-        """Importance of the units of all groups, mean over batches; see the base."""
-        found = [_propagated(network, run) for run in network.batches]
-        for importance in found:
-            self.refuse(set(wanted) - importance.keys(), "no operator reads it with a parameter")
-        return {name: torch.stack([importance[name] for importance in found]).mean(0) for name in wanted}
-
-
-def _propagated(network: RunningNetwork, run: Callable[[Observer], None]) -> dict[str, Tensor]:
-    """Importance of the units of all groups on one batch."""
-    readings: list[tuple[str, Slot, dict[int, Tensor]]] = []
-    run(lambda reading: readings.append((reading.group, reading.slot, _variances(reading))))
-    importance: dict[str, Tensor] = {}
-    for group, slot, variances in reversed(readings):
-        read = slot.gather(_weighed(network, slot, variances, importance)).sum(1)
-        importance[group] = importance[group] + read if group in importance else read
-    return importance
-
-
-def _weighed(
-    network: RunningNetwork, slot: Slot, variances: Mapping[int, Tensor], importance: Mapping[str, Tensor]
-) -> Tensor:
-    """Absolute weights that read, each times the importance of what it makes."""
-    weight = network.tensors[slot.tensor].detach().abs().float()
-    for dim in set(range(weight.dim())) - {slot.dim}:
-        made = variances.get(dim, weight.new_ones(weight.shape[dim])).clone()
+        """Importance of each unit relative to the mean of its group; see the base."""
+        makers = defaultdict(list)
         for name, group in network.groups.items():
-            for other in group.slots:
-                if (other.tensor, other.dim) == (slot.tensor, dim):
-                    of_units = importance.get(name, torch.zeros(group.width)).to(made)
-                    made[other.index.flatten().to(made.device)] = of_units.repeat_interleave(other.index.shape[1])
-        weight = weight * made.reshape([-1 if d == dim else 1 for d in range(weight.dim())])
-    return weight
+            for slot in group.slots:
+                makers[slot.tensor, slot.dim].append((name, slot))
+        unread = set(wanted)
+        importance = {name: torch.zeros(group.width).double() for name, group in network.groups.items()}
+        on_batches = zip(*map(_responses, network.batches), strict=True)
+        for same in reversed(list(on_batches)):  # one reader on all batches
+            group_name, slot, _ = same[0]
+            weight = network.tensors[slot.tensor].detach().abs().float().cpu().double()
+            for dim in set(range(weight.dim())) - {slot.dim}:
+                moments = [response[dim] for *_, response in same if dim in response]
+                made = _variance(moments) if moments else weight.new_ones(weight.shape[dim])
+                for name, maker in makers[slot.tensor, dim]:
+                    made[maker.index] = importance[name][:, None]
+                weight = weight * made.reshape([-1 if d == dim else 1 for d in range(weight.dim())])
+            importance[group_name] += slot.gather(weight).sum(1)
+            unread.discard(group_name)
+        self.refuse(unread, UNREAD)
+        return {name: normalise(importance[name]).float() for name in wanted}
 
 
-def _variances(reading: Reading) -> dict[int, Tensor]:
-    """Variance of each response, by the dimension of the weight that makes it."""
-    response = reading.response.detach().float()
-    return {dim: response.movedim(along, 0).flatten(1).var(1, correction=0) for dim, along in reading.made.items()}
+def _responses(run: Callable[[Observer], None]) -> list[tuple[str, Slot, dict[int, Tensor]]]:
+    """Group and slot of each reading on one batch, with the mean and the mean square of each response."""
+    found: list[tuple[str, Slot, dict[int, Tensor]]] = []
+
+    def observer(reading: Reading) -> None:
+        moments = {}
+        for dim, along in reading.made.items():
+            rows = reading.response.detach().float().movedim(along, 0).flatten(1)
+            variance, mean = (part.cpu().double() for part in torch.var_mean(rows, 1, correction=0))
+            moments[dim] = torch.stack([mean, variance + mean**2])
+        found.append((reading.group, reading.slot, moments))
+
+    run(observer)
+    return found
+
+
+def _variance(moments: Sequence[Tensor]) -> Tensor:
+    """Variance over all batches, from the means and mean squares of each."""
+    moment = torch.stack(tuple(moments)).mean(0)
+    return (moment[1] - moment[0].square()).clamp(min=0)

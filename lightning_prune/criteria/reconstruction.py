@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_prune.criteria.activations import RunCriterion, RunningNetwork
+from lightning_prune.criteria.activations import UNREAD, RunCriterion, RunningNetwork
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.graph.activations import Reading
 
@@ -61,7 +61,7 @@ class ThiNet(RunCriterion):
 
         for run in network.batches:
             run(observer)
-        self.refuse([name for name in wanted if not products[name].dim()], "no operator reads it with a parameter")
+        self.refuse([name for name in wanted if not products[name].dim()], UNREAD)
         return {name: removal_order(product) for name, product in products.items()}
 
 
@@ -72,7 +72,7 @@ def removal_order(products: Tensor) -> Tensor:
         products: Inner products of what the units add to the response, ``[units, units]``.
 
     Example:
-        >>> parts = torch.tensor([[2.0, -2.0, 1.0], [0.0, 0.5, 2.0]])  # the first two units nearly cancel
+        >>> parts = torch.tensor([[1.0, -2.0, 0.0], [0.0, 0.0, 1.2]])  # two units partly cancel
         >>> removal_order(parts.T @ parts)
         tensor([0.3333, 0.6667, 1.0000])
     """

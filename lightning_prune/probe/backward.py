@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -134,6 +134,8 @@ class HessianBackward(LocalBackward):
             slope = sum(along, start=torch.zeros(()))
             if not slope.requires_grad:  # of a loss that is linear in all parameters
                 return [torch.zeros_like(parameter) for parameter in leaves]
+            if any(node.name() == "torch::autograd::Error" for node in _graph(slope)):  # which is passed over otherwise
+                raise RuntimeError("one of its functions is marked as once_differentiable")
             return torch.autograd.grad(slope, leaves, retain_graph=retain_graph, allow_unused=True)
         except RuntimeError as error:
             raise PruneError(
@@ -144,3 +146,15 @@ class HessianBackward(LocalBackward):
 
 def _tensors(values: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (values,) if isinstance(values, Tensor) else tuple(values)
+
+
+def _graph(tensor: Tensor) -> Iterator[Any]:
+    """All nodes of the graph that a tensor hangs on."""
+    seen: set[Any] = set()
+    pending: list[Any] = [tensor.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            pending.extend(successor for successor, _ in node.next_functions)

@@ -220,18 +220,17 @@ class Probe:
         Raises:
             TraceError: If there is no batch or the user's code fails.
         """
-        batches = self.batches(count)
         try:
-            return self._input_squares(batches, names, False)
+            return self._input_squares(self.evaluations(count), names)
         except TraceError:
-            return self._input_squares(batches, names, True)
+            return self._input_squares([self._step_program(batch, True) for batch in self.batches(count)], names)
 
-    def _input_squares(self, batches: list[Any], names: Collection[str], training: bool) -> dict[str, Tensor]:
+    def _input_squares(self, programs: list[Program], names: Collection[str]) -> dict[str, Tensor]:
         named = dict(self._module.named_parameters())
         seen = InputSquares({name: named[name] for name in names})
         with decomposed(seen), seen:
-            for batch in batches:
-                self._step_program(batch, training).run()
+            for program in programs:
+                program.run()
         return seen.squares()
 
     def synaptic_flow(self, names: Collection[str]) -> dict[str, Tensor]:
@@ -255,11 +254,12 @@ class Probe:
             return self._synaptic_flow(names, None)
 
     def _synaptic_flow(self, names: Collection[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
-        children = [child for _, child in called_children(self._module)]
+        parts = [child for _, child in called_children(self._module)]
         found: dict[str, Tensor] = {}
-        for parts in ([self._module], children):
+        for whole in (True, False):
+            run = self._forward if whole and self._module.example_input_array is not None else self._step_without_loss
             with self._sandbox("the network on an input of ones", False):
-                found = synaptic_flow(self._module, self._forward_or_step(parts), parts, dtype)
+                found = synaptic_flow(self._module, run, parts, whole, dtype)
             if all(name in found for name in names):
                 return {name: found[name] for name in names}
         unreached = ", ".join(name for name in names if name not in found)
@@ -269,16 +269,9 @@ class Probe:
             '"lamp".'
         )
 
-    def _forward_or_step(self, parts: Sequence[nn.Module]) -> Callable[[], object]:
-        if self._module.example_input_array is not None and self._module in parts:
-            return self._forward
-        batch = copied(self._fixed_batch())
-
-        def step() -> None:
-            with NoBackward([]):
-                self._training_step(batch)
-
-        return step
+    def _step_without_loss(self) -> None:
+        with NoBackward([]):
+            self._training_step(copied(self._fixed_batch()))
 
     def loss(self, batches: Sequence[Any]) -> float:
         """Mean loss of the given batches, in train mode and with the same random numbers at every call.
@@ -448,9 +441,10 @@ class Probe:
 
     def _value_of_loss(self, returned: Any, handed_to_backward: Sequence[Tensor]) -> Tensor:
         loss = returned.get("loss") if isinstance(returned, Mapping) else returned
-        losses = [loss] if self._module.automatic_optimization else list(handed_to_backward)
-        if losses and all(isinstance(part, Tensor) for part in losses):
-            return torch.stack([part.detach().float().sum() for part in losses]).sum()
+        losses = [loss] if self._module.automatic_optimization else handed_to_backward
+        found = [part.detach().float().sum() for part in losses if isinstance(part, Tensor)]
+        if found:
+            return torch.stack(found).sum()
         raise PruneError(
             f"training_step of {type(self._module).__name__} gave no loss (it returned {type(returned).__name__}). "
             'Return the loss, or a dict with the key "loss", or with manual optimization call '

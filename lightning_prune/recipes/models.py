@@ -14,26 +14,30 @@ from torchmetrics.classification import MulticlassAccuracy
 Batch = tuple[Tensor, Tensor]
 
 
-class _Classifier(LightningModule):
+class Classifier(LightningModule):
     """Cross-entropy, accuracy, and SGD whose learning rate rises and falls once over the whole fit."""
 
-    def __init__(self, net: nn.Module, learning_rate: float) -> None:
+    def __init__(self, net: nn.Module, learning_rate: float, num_classes: int = 10) -> None:
         super().__init__()
         self.net = net
         self.learning_rate = learning_rate
-        self.train_accuracy = MulticlassAccuracy(10, average="micro")
-        self.val_accuracy = MulticlassAccuracy(10, average="micro")
-        self.test_accuracy = MulticlassAccuracy(10, average="micro")
+        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+
+    def loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """The loss that is trained on and logged."""
+        return functional.cross_entropy(scores, labels)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class scores of shape ``[N, 10]`` for images of shape ``[N, 1, 8, 8]``."""
+        """Class scores of shape ``[N, classes]`` for images of shape ``[N, C, H, W]``."""
         scores: Tensor = self.net(images)
         return scores
 
     def _step(self, batch: Batch, stage: str, accuracy: MulticlassAccuracy) -> Tensor:
         images, labels = batch
         scores = self(images)
-        loss = functional.cross_entropy(scores, labels)
+        loss = self.loss(scores, labels)
         accuracy(scores, labels)
         self.log(f"{stage}_loss", loss, on_step=False, on_epoch=True)
         self.log(f"{stage}_accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=stage != "train")
@@ -84,7 +88,7 @@ class _Block(nn.Module):
         return functional.relu(self.bn2(self.conv2(inner)) + self.shortcut(x))
 
 
-class DigitsResNet(_Classifier):
+class DigitsResNet(Classifier):
     """A small residual network: a stem, three stages of basic blocks (8×8, 4×4, 2×2), global pooling, a linear head.
 
     Args:
@@ -110,7 +114,7 @@ class DigitsResNet(_Classifier):
         self.save_hyperparameters()
 
 
-class MultilayerPerceptron(_Classifier):
+class MultilayerPerceptron(Classifier):
     """A plain perceptron on the 64 pixels.
 
     Args:

@@ -6,17 +6,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_prune import (
+    DSD,
     SET,
     BatchNormISTA,
+    BayesianPruning,
     ChannelLotteryTicket,
     ChannelPruning,
     Cosine,
     Cubic,
     DynamicNetworkSurgery,
     EdgePopup,
+    Genetic,
     Geometric,
     GReg,
     GroupLasso,
+    GrowAndPrune,
     Linear,
     LotteryTicket,
     OneShot,
@@ -25,6 +29,7 @@ from lightning_prune import (
     RegularisedPruning,
     RigL,
     Slimming,
+    SmallWeightSearch,
     SoftFilterPruning,
     SparseBinaryMask,
     Supermask,
@@ -67,9 +72,14 @@ class Row:
         return issubclass(self.method, ChannelCallback)
 
     @property
+    def lasts(self):
+        """Whether what is off stays off."""
+        return self.callback().goal > 0
+
+    @property
     def decides_at_the_end(self):
         """Whether nothing is off for good before the fit ends."""
-        return self.method.always_finishes
+        return self.method.always_finishes or not self.lasts
 
     @property
     def shrinks(self):
@@ -127,6 +137,11 @@ ROWS = [
     ),
     Row("weights-erk", {"scope": "erk", "remove": 0.6, "schedule": Linear(1, 2, 0.5, "epoch")}, WeightPruning),
     Row("weights-2:4", {"pattern": (2, 4), "remove": 0.5, "exclude": ["net.0", "net.3.depthwise"]}, WeightPruning),
+    Row(
+        "small-weights",
+        {"optimizer": Genetic(4, 1), "batches": 2, "sweeps": 1, "schedule": Linear(1, 1.5, 0.5, "epoch")},
+        SmallWeightSearch,
+    ),
     Row("ticket", {"rounds": 2}, LotteryTicket),
     Row("ticket-late", {"rounds": 2, "rewind_to": 3, "reinit": "sign", "shrink": "never"}, LotteryTicket),
     Row("ticket-channels", {"rounds": 2, "of": "channels"}, ChannelLotteryTicket),
@@ -136,9 +151,10 @@ ROWS = [
     Row("supermask", {"scope": "erk", "init": "kaiming_normal"}, Supermask),
     Row("prob-mask", {"recalibrate": 2}, ProbMask),
     Row("weights-never", {"scope": "layer", "shrink": "never", "criterion": "random"}, WeightPruning),
+    Row("dsd", {"remove": 0.4}, DSD),
     Row("rigl", {"remove": 0.8, "every": 3}, RigL),
     Row("set", {"remove": 0.5, "every": 2, "fraction": 0.6, "scope": "layer", "shrink": "never"}, SET),
-    Row("dynamic-surgery", {"remove": 0.8, "gamma": 0.1}, DynamicNetworkSurgery),
+    Row("dynamic-surgery", {"gamma": 0.1, "schedule": Linear(1, 10, 3, "step")}, DynamicNetworkSurgery),
     Row("slimming", {"penalty": Slimming(0.01), "criterion": "bn_scale", "of": "channels"}, RegularisedPruning),
     Row(
         "bn-ista",
@@ -153,5 +169,7 @@ ROWS = [
     Row("group-norm", {"penalty_start": 0.4, "schedule": OneShot(2, "epoch"), "of": "params"}, RegularisedPruning),
     Row("greg-1", {"at": 14, "unit": "step", "every": 2, "of": "channels"}, GReg),
     Row("greg-2", {"variant": 2, "at": 14, "unit": "step", "every": 2, "first_ceiling": 0.1, "shrink": "end"}, GReg),
+    Row("grow-and-prune", {"of": "params", "interval": 0.1, "strength": 0.001}, GrowAndPrune),
+    Row("bayesian", {"of": "channels", "rounds": 3, "draws": 4, "batches": 3}, BayesianPruning),
     Row("soft-filters", {"at": 0.8, "of": "channels"}, SoftFilterPruning),
 ]

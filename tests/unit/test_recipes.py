@@ -26,7 +26,7 @@ SHORT = [
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_reaches_what_it_asks_for(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = recipe.read_text()
+    text = recipe.read_text().replace("{rounds: 100}", "{rounds: 5}")
     written = text.replace("init_args: {remove", f"init_args: {{directory: {tmp_path}, remove").replace(": 20}", ": 3}")
     config = tmp_path / "recipe.yaml"
     config.write_text(written)

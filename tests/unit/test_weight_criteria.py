@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import get_args
 
 import pytest
 import torch
@@ -11,14 +12,39 @@ from torch.nn import functional
 from lightning_prune.criteria import (
     LAMP,
     SNIP,
+    GraSP,
     Magnitude,
+    Movement,
     Norm,
     RandomWeights,
+    SynFlow,
+    Wanda,
     WeightCriterion,
+    WeightCriterionName,
+    WeightSource,
     weight_criterion_from,
 )
 from lightning_prune.errors import ConfigurationError, PruneError
 from lightning_prune.weight_budget import select_weights
+
+
+class Given(WeightSource):
+    """Answers every question with the same tensors."""
+
+    def __init__(self, answers, watched=None):
+        self.answers, self.watched = answers, watched or {}
+
+    def gradients(self, batches):
+        return self.answers
+
+    def hessian_vector(self, vectors, batches):
+        return self.answers
+
+    def synaptic_flow(self):
+        return self.answers
+
+    def input_norms(self, batches):
+        return self.answers
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -26,8 +52,8 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def score(criterion, *values, gradient=None) -> list[float]:
-    gradients = {} if gradient is None else {"w": torch.tensor(gradient)}
-    return criterion.score({"w": torch.tensor(values)}, gradients, generator())["w"].tolist()
+    source = Given({} if gradient is None else {"w": torch.tensor(gradient)})
+    return criterion.score({"w": torch.tensor(values)}, source, generator())["w"].tolist()
 
 
 def test_magnitude_is_the_absolute_value() -> None:
@@ -56,7 +82,7 @@ def test_lamp_sees_no_weight_that_is_off() -> None:
 
 def test_lamp_is_blind_to_the_scale_of_a_tensor() -> None:
     weight = torch.randn(5, 7, generator=generator())
-    scores = LAMP().score({"a": weight, "b": 1024 * weight}, {}, generator())
+    scores = LAMP().score({"a": weight, "b": 1024 * weight}, WeightSource(), generator())
     assert torch.equal(scores["a"], scores["b"])
 
 
@@ -66,7 +92,7 @@ def test_lamp_keeps_tiny_weights_apart() -> None:
 
 def test_lamp_does_not_empty_a_tensor_under_the_global_scope() -> None:
     weights = {"tiny": 1e-4 * torch.randn(4, 5, generator=generator()), "large": torch.randn(30, 30)}
-    kept = select_weights(LAMP().score(weights, {}, generator()), {}, 1 - 2 / 920, floor=0)
+    kept = select_weights(LAMP().score(weights, WeightSource(), generator()), {}, 1 - 2 / 920, floor=0)
     assert {name: int(mask.sum()) for name, mask in kept.items()} == {"tiny": 1, "large": 1}
     assert kept["tiny"].flatten().tolist().index(True) == int(weights["tiny"].abs().argmax())
 
@@ -89,35 +115,87 @@ def test_snip_of_summed_gradients_is_the_gradient_of_gates_on_the_weights() -> N
     for images, labels in batches:
         functional.cross_entropy(net(images), labels).backward()
     gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
-    scores = SNIP(batches=3).score(dict(net.named_parameters()), gradients, generator())
+    scores = SNIP(batches=3).score(dict(net.named_parameters()), Given(gradients), generator())
     for name, gate in expected.items():
         torch.testing.assert_close(scores[name], gate.abs())
         assert not scores[name].requires_grad
 
 
-def test_snip_names_what_has_no_gradient() -> None:
+@pytest.mark.parametrize("criterion", [SNIP(), GraSP()])
+def test_what_has_no_gradient_is_named(criterion) -> None:
     with pytest.raises(PruneError, match=r"cannot score frozen\.weight: there is no gradient"):
-        SNIP().score({"frozen.weight": torch.ones(2)}, {}, generator())
+        criterion.score({"frozen.weight": torch.ones(2)}, Given({}), generator())
 
 
-def test_snip_needs_a_batch() -> None:
-    assert SNIP(batches=3).batches == 3
-    with pytest.raises(ConfigurationError, match="batches must be at least 1, but is 0"):
-        SNIP(batches=0)
+@pytest.mark.parametrize("kind", [SNIP, GraSP, Wanda])
+def test_a_criterion_that_reads_data_needs_a_batch(kind) -> None:
+    assert kind(batches=3).batches == 3
+    with pytest.raises(ConfigurationError, match=f"{kind.__name__}: batches must be at least 1, but is 0"):
+        kind(batches=0)
+
+
+def test_synflow_needs_a_round() -> None:
+    with pytest.raises(ConfigurationError, match="SynFlow: rounds must be at least 1, but is 0"):
+        SynFlow(rounds=0)
+
+
+def test_grasp_keeps_the_sign() -> None:
+    assert score(GraSP(), 2.0, -3.0, 1.0, gradient=[0.5, 2.0, -4.0]) == [1.0, -6.0, -4.0]
+
+
+def test_grasp_multiplies_the_hessian_with_the_gradient() -> None:
+    class Bowl(WeightSource):
+        """The loss a * b, whose Hessian swaps the two."""
+
+        def gradients(self, batches):
+            return {"w": torch.tensor([3.0, 2.0])}
+
+        def hessian_vector(self, vectors, batches):
+            return {"w": vectors["w"].flip(0)}
+
+    assert GraSP().score({"w": torch.tensor([2.0, 3.0])}, Bowl(), generator())["w"].tolist() == [4.0, 9.0]
+
+
+def test_synflow_is_the_absolute_product() -> None:
+    assert score(SynFlow(), 2.0, -3.0, 0.0, gradient=[0.5, 2.0, 9.0]) == [1.0, 6.0, 0.0]
+
+
+def test_wanda_is_the_absolute_weight_times_the_norm() -> None:
+    assert score(Wanda(), 2.0, -3.0, 0.0, gradient=[0.5, 2.0, 9.0]) == [1.0, 6.0, 0.0]
+
+
+def test_movement_adds_up_what_pushes_weights_away_from_zero() -> None:
+    watched: dict[str, Tensor] = {}
+    for weight, gradient in (([2.0, -3.0, 0.0], [1.0, 1.0, 5.0]), ([1.0, -4.0, 1.0], [1.0, -1.0, -0.5])):
+        Movement().watch({"w": torch.tensor(weight)}, {"w": torch.tensor(gradient)}, watched)
+    scores = Movement().score({"w": torch.ones(3), "frozen": torch.ones(2)}, Given({}, watched), generator())
+    assert scores["w"].tolist() == [-2.0 - 1.0, 3.0 - 4.0, 0.0 + 0.5]
+    assert scores["frozen"].tolist() == [0.0, 0.0]
+
+
+def test_movement_passes_over_steps_that_a_scaler_leaves_out() -> None:
+    watched: dict[str, Tensor] = {}
+    Movement().watch({"w": torch.tensor([1.0, 0.0, 2.0])}, {"w": torch.tensor([torch.inf, torch.nan, 1.0])}, watched)
+    assert watched["w"].tolist() == [0.0, 0.0, -2.0]
+
+
+def test_movement_needs_a_step() -> None:
+    with pytest.raises(PruneError, match="movement has seen no optimizer step yet"):
+        Movement().score({"w": torch.ones(2)}, Given({}), generator())
 
 
 def test_random_draws_from_the_generator_alone() -> None:
     weights = {"a": torch.ones(4, 3), "b": torch.ones(4, 3)}
     state = torch.get_rng_state()
-    first = RandomWeights().score(weights, {}, generator(1))
-    again, other = (RandomWeights().score(weights, {}, generator(seed)) for seed in (1, 2))
+    first = RandomWeights().score(weights, WeightSource(), generator(1))
+    again, other = (RandomWeights().score(weights, WeightSource(), generator(seed)) for seed in (1, 2))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(first[name], again[name]) for name in weights)
     assert not torch.equal(first["a"], first["b"])
     assert not torch.equal(first["a"], other["a"])
 
 
-@pytest.mark.parametrize("name", ["magnitude", "random", "lamp", "snip"])
+@pytest.mark.parametrize("name", get_args(WeightCriterionName))
 def test_scoring_changes_nothing_and_ranks_every_weight(name: str) -> None:
     weights = {
         "conv": torch.randn(4, 3, 2, 2).to(torch.bfloat16),
@@ -125,7 +203,8 @@ def test_scoring_changes_nothing_and_ranks_every_weight(name: str) -> None:
         "double": torch.randn(3, dtype=torch.double),
     }
     before = copy.deepcopy(weights)
-    scores = weight_criterion_from(name).score(weights, weights, generator())  # type: ignore[arg-type]
+    answers = Given(weights, {name: weight.detach().float() for name, weight in weights.items()})
+    scores = weight_criterion_from(name).score(weights, answers, generator())  # type: ignore[arg-type]
     assert {key: value.shape for key, value in scores.items()} == {key: value.shape for key, value in weights.items()}
     assert all(torch.equal(weights[key], before[key]) for key in weights)
     assert all(torch.isfinite(value).all() and not value.requires_grad for value in scores.values())
@@ -138,7 +217,8 @@ def test_names() -> None:
     assert isinstance(weight_criterion_from("magnitude"), Magnitude)
     assert isinstance(weight_criterion_from("random"), RandomWeights)
     assert isinstance(weight_criterion_from("lamp"), LAMP)
-    assert [weight_criterion_from(n).batches for n in ("magnitude", "random", "lamp")] == [0, 0, 0]
+    kinds = (GraSP, SynFlow, Movement, Wanda)
+    assert all(type(weight_criterion_from(kind.__name__.lower())) is kind for kind in kinds)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="unknown weight criterion 'magnitud': did you mean 'magnitude'"):
         weight_criterion_from("magnitud")  # type: ignore[arg-type]
 

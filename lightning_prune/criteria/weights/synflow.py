@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_prune.criteria.weights.base import WeightCriterion, WeightSource, check_at_least_one
+from lightning_prune.criteria.weights.base import WeightCriterion, WeightSource, check_at_least_one, precise
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,6 @@ class SynFlow(WeightCriterion):
     def score(
         self, weights: Mapping[str, Tensor], source: WeightSource, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Absolute products of weights and derivatives of the flow, in the precision of the latter."""
+        """Absolute products of weights and derivatives of the flow."""
         flow = source.synaptic_flow()
-        return {name: (weight.detach().to(flow[name].dtype) * flow[name]).abs() for name, weight in weights.items()}
+        return {name: (precise(weight) * precise(flow[name])).abs() for name, weight in weights.items()}

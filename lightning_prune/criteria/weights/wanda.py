@@ -44,4 +44,4 @@ class Wanda(WeightCriterion):
     ) -> dict[str, Tensor]:
         """Absolute weights times norms of inputs."""
         norms = source.input_norms(self.batches)
-        return {name: precise(weight).abs() * norms[name] for name, weight in weights.items()}
+        return {name: precise(weight).abs() * precise(norms[name]) for name, weight in weights.items()}

@@ -1,0 +1,193 @@
+"""Losses by which a network learns from others: of class scores, of values, and of features of any width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lightning_prune.errors import ConfigurationError
+from lightning_prune.graph.program import tensors_in
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """How far the classes of a student are from those of a teacher (Hinton et al., 2015).
+
+    Args:
+        student: Class scores of shape ``[N, classes, ...]``.
+        teacher: Those of the teacher, of the same shape.
+        temperature: What scores are divided by. The result is multiplied with its square, which keeps the gradients
+            about as large at any temperature.
+
+    Returns:
+        The Kullback-Leibler divergence of the student from the teacher, of shape ``[N, ...]``.
+
+    Example:
+        >>> round(divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 0.0]]).log1p(), 1.0).item(), 4)
+        0.1927
+    """
+    wanted = functional.log_softmax(teacher.float() / temperature, 1)
+    found = functional.log_softmax(student.float() / temperature, 1)
+    return temperature**2 * (wanted.exp() * (wanted - found)).sum(1)
+
+
+def teacher_weights(teachers: Sequence[Tensor], labels: Tensor, temperature: float) -> Tensor:
+    """How much each teacher counts for each sample: the more, the less it errs on it.
+
+    Args:
+        teachers: Class scores of each teacher, of shape ``[N, classes, ...]``.
+        labels: The true classes, of shape ``[N, ...]``.
+        temperature: The higher, the more equal are the weights.
+
+    Returns:
+        The softmax over the teachers of their negative cross-entropies, of shape ``[teachers, N, ...]``.
+
+    Example:
+        >>> right, wrong = torch.tensor([[3.0, 1.0]]).log(), torch.tensor([[1.0, 3.0]]).log()
+        >>> teacher_weights([right, wrong], torch.tensor([0]), 1.0).flatten().tolist()
+        [0.75, 0.25]
+    """
+    errors = [functional.cross_entropy(scores.float(), labels, reduction="none") for scores in teachers]
+    return torch.softmax(-torch.stack(errors) / temperature, 0)
+
+
+def class_loss(student: Tensor, teachers: Sequence[Tensor], temperature: float, weights: Tensor | None) -> Tensor:
+    """Mean over the samples of the divergences from all teachers, with the given or else equal weights.
+
+    Args:
+        student: Class scores of shape ``[N, classes, ...]``.
+        teachers: Those of each teacher.
+        temperature: As for :func:`divergence`.
+        weights: As from :func:`teacher_weights`.
+    """
+    parts = torch.stack([divergence(student, scores, temperature) for scores in teachers])
+    return (parts.mean(0) if weights is None else (weights * parts).sum(0)).mean()
+
+
+def value_loss(student: Tensor, teachers: Sequence[Tensor]) -> Tensor:
+    """Mean squared error, over all teachers.
+
+    Args:
+        student: Any values.
+        teachers: Those of each teacher, of the same shape.
+    """
+    return torch.stack([functional.mse_loss(student.float(), values.float()) for values in teachers]).mean()
+
+
+def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """How differently two layers see which samples of a batch are alike (Tung & Mori, 2019).
+
+    The layers may be of different widths: only products of samples with each other are compared.
+
+    Args:
+        student: Features of shape ``[N, ...]``.
+        teacher: Features of the same ``N`` samples.
+
+    Returns:
+        Mean squared difference of the matrices of products, whose rows have the length 1.
+
+    Example:
+        >>> similarity_loss(torch.eye(2), 3 * torch.eye(2, 5)).item()
+        0.0
+    """
+    return functional.mse_loss(_similarities(student), _similarities(teacher))
+
+
+def _similarities(features: Tensor) -> Tensor:
+    flat = features.float().flatten(1)
+    return functional.normalize(flat @ flat.T, dim=1)
+
+
+def feature_loss(student: Mapping[str, Sequence[Tensor]], teachers: Sequence[Mapping[str, Sequence[Tensor]]]) -> Tensor:
+    """Sum over layers of the :func:`similarity_loss`, which is averaged over teachers and calls.
+
+    Args:
+        student: Features of each call of each layer, by name.
+        teachers: Those of each teacher.
+    """
+    total = torch.zeros(())
+    for name, found in student.items():
+        pairs = [pair for features in teachers for pair in zip(found, features[name], strict=True)]
+        total = total.to(found[0].device) + torch.stack([similarity_loss(*pair) for pair in pairs]).mean()
+    return total
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How outputs are compared.
+
+    Args:
+        task: ``"classification"`` (class scores along dimension 1) or ``"regression"``.
+        temperature: As for :func:`divergence`.
+        teacher_temperature: As for :func:`teacher_weights`; None for equal weights.
+        labels: Key or position of the true classes in a batch; default: see :func:`labels_in`.
+    """
+
+    task: str
+    temperature: float
+    teacher_temperature: float | None
+    labels: str | int | None
+
+    def loss(self, student: Tensor, teachers: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """The loss of an output of the network against those of its teachers, which are given by name.
+
+        Raises:
+            ConfigurationError: If shapes differ, or the true classes are needed and not found.
+        """
+        check_shapes(student, teachers)
+        outputs = list(teachers.values())
+        if self.task == "regression":
+            return value_loss(student, outputs)
+        if len(outputs) == 1 or self.teacher_temperature is None:
+            return class_loss(student, outputs, self.temperature, None)
+        labels = labels_in(batch, student) if self.labels is None else batch[self.labels]
+        weights = teacher_weights(outputs, labels, self.teacher_temperature)
+        return class_loss(student, outputs, self.temperature, weights)
+
+
+def check_shapes(student: Tensor, teachers: Mapping[str, Tensor]) -> None:
+    """Refuse outputs that cannot be compared.
+
+    Args:
+        student: The output of the network.
+        teachers: Those of the teachers, by what to call them.
+
+    Raises:
+        ConfigurationError: If the shape of one differs; says both.
+    """
+    for name, output in teachers.items():
+        if output.shape != student.shape:
+            raise ConfigurationError(
+                f"the output of the network has shape {list(student.shape)}, but that of the teacher {name} has shape "
+                f"{list(output.shape)}: they cannot be compared. Name a submodule of equal outputs in output_of, or "
+                f"choose another teacher."
+            )
+
+
+def labels_in(batch: Any, scores: Tensor) -> Tensor:
+    """The true classes in a batch: the only whole numbers in it that have the shape of class scores without classes.
+
+    Args:
+        batch: Any nested containers of tensors.
+        scores: Class scores of shape ``[N, classes, ...]``.
+
+    Raises:
+        ConfigurationError: If there are none, or several.
+
+    Example:
+        >>> labels_in({"x": torch.zeros(2, 5), "y": torch.tensor([3, 1])}, torch.zeros(2, 4)).tolist()
+        [3, 1]
+    """
+    shape = scores.shape[:1] + scores.shape[2:]
+    found = [tensor for tensor in tensors_in(batch) if tensor.dtype == torch.long and tensor.shape == shape]
+    if len(found) == 1:
+        return found[0]
+    raise ConfigurationError(
+        f"several teachers are weighed by how well they know the true classes, but {len(found)} tensors of the batch "
+        f"can be those (whole numbers of shape {list(shape)}). Give their key or position as labels, or "
+        f"teacher_temperature=None to have all teachers count equally."
+    )

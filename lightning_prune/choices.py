@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 from lightning_prune.errors import ConfigurationError
 
+Thing = TypeVar("Thing")
 _MOST = 12
 """Most names that a message lists."""
 
@@ -35,3 +37,26 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> Configuration
         shown = close[1:] or list(by_lower.values())[:_MOST]
         listed = f" Among the {len(by_lower)} known: {', '.join(map(repr, shown))}."
     return ConfigurationError(f"unknown {kind} {name!r}:{hint}{listed}")
+
+
+def chosen(kind: str, choice: object, base: type[Any], known: Mapping[str, Callable[[], Thing]]) -> Thing:
+    """The thing of a name with its defaults, or the given thing itself.
+
+    Args:
+        kind: What is chosen, for example ``"criterion"``.
+        choice: A name, or an instance of ``base``.
+        base: The class of such things.
+        known: Makes the thing of each known name.
+
+    Raises:
+        ConfigurationError: If there is no such name.
+
+    Example:
+        >>> chosen("number", "two", int, {"one": lambda: 1, "two": lambda: 2})
+        2
+    """
+    if isinstance(choice, base):
+        return choice  # type: ignore[no-any-return]
+    if not isinstance(choice, str) or choice not in known:
+        raise unknown_name(kind, choice, known)
+    return known[choice]()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_prune.choices import unknown_name
+from lightning_prune.choices import chosen, unknown_name
 from lightning_prune.errors import ConfigurationError
 
 Unit = Literal["epoch", "step", "fraction"]
@@ -274,8 +274,4 @@ def schedule_from(schedule: ScheduleName | Schedule) -> Schedule:
         >>> schedule_from("one_shot")
         OneShot(at=0.3, unit='fraction')
     """
-    if isinstance(schedule, Schedule):
-        return schedule
-    if schedule not in _BY_NAME:
-        raise unknown_name("schedule", schedule, _BY_NAME)
-    return _BY_NAME[schedule]()
+    return chosen("schedule", schedule, Schedule, _BY_NAME)

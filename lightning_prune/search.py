@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_prune.choices import unknown_name
+from lightning_prune.choices import chosen
 from lightning_prune.errors import ConfigurationError
 
 SearchName = Literal["genetic", "particle_swarm", "annealing", "cross_entropy"]
@@ -269,11 +269,7 @@ def search_from(search: SearchName | Search) -> Search:
         >>> search_from("genetic")
         Genetic(population=20, generations=15, elite=2, tournament=3, crossover=0.9, mutation=0.1)
     """
-    if isinstance(search, Search):
-        return search
-    if search not in _BY_NAME:
-        raise unknown_name("optimizer", search, _BY_NAME)
-    return _BY_NAME[search]()
+    return chosen("optimizer", search, Search, _BY_NAME)
 
 
 def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Literal, Union, get_args
 
 import torch
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.callbacks.base import EarlyStoppingChoice, PruningCallback
+from lightning_prune.callbacks.naming import check_names, chosen_names, maskable_names
 from lightning_prune.callbacks.network import Network
 from lightning_prune.choices import unknown_name
 from lightning_prune.criteria.weights import (
@@ -20,7 +20,6 @@ from lightning_prune.criteria.weights import (
     WeightCriterionName,
     weight_criterion_from,
 )
-from lightning_prune.errors import ConfigurationError
 from lightning_prune.probe.source import ProbeSource
 from lightning_prune.reinit import Reinit, ReinitName
 from lightning_prune.schedules import Schedule, ScheduleName
@@ -89,19 +88,9 @@ class WeightPruning(PruningCallback):
         if shrink not in ("end", "never"):
             raise unknown_name("shrink", shrink, ["end", "never"])
         super().__init__(
-            remove,
-            "weights",
-            schedule,
-            reinit,
-            shrink,
-            "exact",
-            verify,
-            recalibrate,
-            seed,
-            directory,
-            None,
+            remove, "weights", schedule, reinit, shrink, "exact", verify, recalibrate, seed, directory, None,
             early_stopping,
-        )
+        )  # fmt: skip
         if scope is not None and scope not in get_args(Scope):
             raise unknown_name("scope", scope, list(get_args(Scope)))
         self.criterion = criterion
@@ -116,21 +105,12 @@ class WeightPruning(PruningCallback):
 
     @override
     def can_prune(self, network: Network) -> bool:
-        return bool(self._names(network))
+        return bool(maskable_names(network.module))
 
     @override
     def prepare(self, network: Network) -> None:
-        names = self._names(network)
-        for option, patterns in (("include", self.include), ("exclude", self.exclude)):
-            for pattern in patterns or ():
-                if not any(_matches(name, [pattern]) for name in names):
-                    raise unknown_name(f"parameter in {option}", pattern, names)
+        check_names(maskable_names(network.module), self.include, self.exclude)
         weights = self._weights(network)
-        if not weights:
-            raise ConfigurationError(
-                f"include={self.include} and exclude={self.exclude} leave no weight to prune; there are: "
-                f"{', '.join(names)}."
-            )
         self._record["eligible"] = {name: weight.numel() for name, weight in weights.items()}
         draw = self.generator("rehearsal")
         scores = {name: torch.rand(weight.shape, generator=draw) for name, weight in weights.items()}
@@ -210,15 +190,4 @@ class WeightPruning(PruningCallback):
         return {name: network.tensors[name].detach() for name in self._eligible(network)}
 
     def _eligible(self, network: Network) -> list[str]:
-        chosen = [name for name in self._names(network) if self.include is None or _matches(name, self.include)]
-        return [name for name in chosen if not _matches(name, self.exclude or ())]
-
-    def _names(self, network: Network) -> list[str]:
-        """Parameters of two or more dimensions; biases and the scales of norms are not worth a mask."""
-        named = network.module.named_parameters()
-        return [name for name, parameter in named if parameter.dim() > 1 and parameter.is_floating_point()]
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    path = name.replace("_orig_mod.", "")
-    return any(fnmatchcase(candidate, p) for p in patterns for candidate in (path, path.rpartition(".")[0]))
+        return chosen_names(maskable_names(network.module), self.include, self.exclude)

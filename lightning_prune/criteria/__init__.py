@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from lightning_prune.choices import unknown_name
+from lightning_prune.choices import chosen
 from lightning_prune.criteria.activations import CHIP, ActivationCriterion, APoZ, HRank, RunCriterion
 from lightning_prune.criteria.base import Criterion, normalise
 from lightning_prune.criteria.geometric import FPGM
@@ -60,11 +60,7 @@ def criterion_from(criterion: CriterionName | Criterion) -> Criterion:
         >>> criterion_from("l1")
         Norm(p=1, slots='producer')
     """
-    if isinstance(criterion, Criterion):
-        return criterion
-    if criterion not in _BY_NAME:
-        raise unknown_name("criterion", criterion, _BY_NAME)
-    return _BY_NAME[criterion]()
+    return chosen("criterion", criterion, Criterion, _BY_NAME)
 
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from lightning_prune.choices import unknown_name
+from lightning_prune.choices import chosen
 from lightning_prune.penalties.base import ChannelPenalty, Step, add_decay, learning_rates
 from lightning_prune.penalties.groups import GroupLasso, GroupNormDecay
 from lightning_prune.penalties.growth import Growth
@@ -31,11 +31,7 @@ def penalty_from(penalty: PenaltyName | ChannelPenalty) -> ChannelPenalty:
         >>> penalty_from("slimming")
         Slimming(strength=0.0001)
     """
-    if isinstance(penalty, ChannelPenalty):
-        return penalty
-    if penalty not in _BY_NAME:
-        raise unknown_name("penalty", penalty, _BY_NAME)
-    return _BY_NAME[penalty]()
+    return chosen("penalty", penalty, ChannelPenalty, _BY_NAME)
 
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from lightning_prune.choices import unknown_name
+from lightning_prune.choices import chosen
 from lightning_prune.reinit.base import Keep, Reinit
 from lightning_prune.reinit.distribution import KeepDistribution
 from lightning_prune.reinit.laws import Survivors, WeightLaw
@@ -36,11 +36,7 @@ def reinit_from(reinit: ReinitName | Reinit) -> Reinit:
         >>> reinit_from("distribution")
         KeepDistribution(how='permute', per='layer', sign_conditional=False)
     """
-    if isinstance(reinit, Reinit):
-        return reinit
-    if reinit not in _BY_NAME:
-        raise unknown_name("reinit", reinit, _BY_NAME)
-    return _BY_NAME[reinit]()
+    return chosen("reinit", reinit, Reinit, _BY_NAME)
 
 
 __all__ = [

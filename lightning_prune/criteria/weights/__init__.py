@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from lightning_prune.choices import unknown_name
+from lightning_prune.choices import chosen
 from lightning_prune.criteria.weights.base import WatchingCriterion, WeightCriterion, WeightSource
 from lightning_prune.criteria.weights.gradients import SNIP, GraSP
 from lightning_prune.criteria.weights.movement import Movement
@@ -37,11 +37,7 @@ def weight_criterion_from(criterion: WeightCriterionName | WeightCriterion) -> W
         >>> weight_criterion_from("snip")
         SNIP(batches=8)
     """
-    if isinstance(criterion, WeightCriterion):
-        return criterion
-    if criterion not in _BY_NAME:
-        raise unknown_name("weight criterion", criterion, _BY_NAME)
-    return _BY_NAME[criterion]()
+    return chosen("weight criterion", criterion, WeightCriterion, _BY_NAME)
 
 
 __all__ = [

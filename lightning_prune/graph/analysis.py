@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterator, Sequence
-from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import TraceError
-from lightning_prune.graph.channels import ChannelGraph, ChannelGroup, Extent, Operation, Refusal, Role, Slot
+from lightning_prune.graph.channels import ChannelGraph, Extent, Operation, Refusal
+from lightning_prune.graph.grouping import Leaf, LeafTable
 from lightning_prune.graph.labels import (
     INNER,
-    NEVER_ZERO,
     SOLID,
     STATISTICS,
-    ZEROED,
     Frozen,
     Labels,
     LabelSpace,
@@ -35,12 +32,9 @@ from lightning_prune.graph.selections import Selection
 from lightning_prune.graph.support import check_network, check_samples, left_whole
 from lightning_prune.graph.tracer import Counted, Event, Labelled, Memory, Tracer, named_leaves, run_traced
 
-_ROLES: tuple[Role, ...] = ("consumer", "producer", "scale", "statistic", "bias")
 Norms = Literal["exact", "approximate"]
 Place = tuple[str, int]
 """A tensor's name and one of its dimensions."""
-Signature = tuple[tuple[int, int], ...]
-"""Numbers of leaves, with the number of positions that belong to one unit."""
 
 
 class Run(NamedTuple):
@@ -53,22 +47,6 @@ class Run(NamedTuple):
     rehearsed: bool
     selections: list[Selection]
     handed_out: list[tuple[int, ...]]
-
-
-class Leaf(NamedTuple):
-    """One dimension of one parameter or buffer, with its labels."""
-
-    tensor: str
-    dim: int
-    ids: Tensor
-
-
-class Table(NamedTuple):
-    """Every position of every leaf: its label, the number of its leaf and its place in it."""
-
-    ids: Tensor
-    leaf: Tensor
-    position: Tensor
 
 
 class Analysis:
@@ -133,10 +111,7 @@ class Analysis:
         for leaf in self.leaves:
             if leaf.tensor not in self.touched:
                 self.space.frozen.append(Frozen(leaf.ids, "is not used by any program that was run"))
-        self._table = _table(self.leaves)
-        self._roles = self._find_roles()
-        self._never_zero = self._leaves_marked(NEVER_ZERO)
-        self._zeroed = self._leaves_marked(ZEROED)
+        self._table = LeafTable(self.leaves, self.space)
         self._blocks = self._dense_blocks()
         self.united = torch.arange(self.space.count)
         self._edges_solved = 0
@@ -216,7 +191,7 @@ class Analysis:
 
     def producers(self) -> list[Leaf]:
         """The dimensions of tensors that make channels."""
-        return [leaf for leaf, role in zip(self.leaves, self._roles, strict=True) if role == "producer"]
+        return [leaf for leaf, role in zip(self.leaves, self._table.roles, strict=True) if role == "producer"]
 
     def inner_mattered(self, leaf: Leaf) -> bool:
         """Whether it made a difference that equal positions of the blocks in this dimension may go."""
@@ -287,26 +262,10 @@ class Analysis:
         return self.roots[ids]
 
     def _make_groups(self) -> None:
-        """Units that own the same number of positions of the same tensor dimensions form a group."""
-        roots = self.root(self._table.ids)
-        order = torch.argsort(roots, stable=True)
-        order = order[roots[order] != SOLID]
-        unit_roots, sizes = torch.unique_consecutive(roots[order], return_counts=True)
-        starts = sizes.cumsum(0) - sizes
-        families: dict[Signature, list[Tensor]] = defaultdict(list)
-        for signature, units in _stretches(roots[order], self._table.leaf[order]):
-            families[signature].append(units)
         zeroed, approximate = self._marked(NEEDS_ZERO), self._marked(STATISTICS)
-        self.groups: dict[str, ChannelGroup] = {}
-        self.units: dict[str, Tensor] = {}
-        for signature, members in families.items():
-            units = torch.cat(members)
-            span = torch.arange(int(sizes[units[0]]))
-            positions = self._table.position[order[starts[units, None] + span]]
-            group = self._group(signature, positions, bool(zeroed[unit_roots[units]].any()))
-            group = replace(group, approximate=bool(approximate[unit_roots[units]].any()))
-            self.groups[group.name] = group
-            self.units[group.name] = unit_roots[units]
+        found = self._table.groups(self.roots, zeroed, approximate, self.tensors)
+        self.groups = {group.name: group for group, _ in found}
+        self.units = {group.name: roots for group, roots in found}
         self.group_names = list(self.groups)
         self._counts: dict[int, tuple[tuple[int, ...], tuple[tuple[str, int], ...]]] = {}
         self.group_of = torch.full((self.space.count,), -1)
@@ -320,61 +279,6 @@ class Analysis:
             marked[self.root(ids)] = True
         return marked
 
-    def _group(self, signature: Signature, positions: Tensor, zero_all: bool) -> ChannelGroup:
-        slots, start = [], 0
-        for number, count in signature:
-            leaf = self.leaves[number]
-            slots.append(Slot(leaf.tensor, leaf.dim, positions[:, start : start + count], self._roles[number]))
-            start += count
-        makers = [slot for slot in slots if slot.role == "producer"] or slots
-        name = base = makers[0].tensor.rpartition(".")[0] or makers[0].tensor
-        copies = 1
-        while name in self.groups:
-            copies += 1
-            name = f"{base}#{copies}"
-        zeroable = tuple(slot for slot, (leaf, _) in zip(slots, signature, strict=True) if leaf not in self._never_zero)
-        readers = tuple(slot for slot in zeroable if slot.role == "consumer")
-        others = {id(slots[i]) for i, (leaf, _) in enumerate(signature) if leaf in self._zeroed}
-        off = tuple(slot for slot in zeroable if slot.role == "consumer" or id(slot) in others)
-        pattern = tuple(
-            sorted((s.role, s.dim, s.index.shape[1], tuple(self.tensors[s.tensor].shape[2:])) for s in slots)
-        )
-        return ChannelGroup(name, tuple(slots), zeroable if zero_all or not readers else off, pattern)
-
-    def _find_roles(self) -> list[Role]:
-        """The role of each leaf: as it is used itself, or else what is computed from parameters alone with it."""
-        static = components(self.space.count, self.space.static_edges)
-        itself = {role: self._leaves_with(self._marked_labels(role)) for role in _ROLES}
-        derived = {}
-        for role in _ROLES:
-            families = torch.zeros(self.space.count, dtype=torch.bool)
-            families[static[self._marked_labels(role)]] = True
-            derived[role] = self._leaves_with(families[static])
-        result: list[Role] = []
-        for number in range(len(self.leaves)):
-            found = [role for role in _ROLES if itself[role][number]]
-            found = found or [role for role in _ROLES if derived[role][number]]
-            result.append(found[0] if found else "producer")
-        return result
-
-    def _marked_labels(self, mark: str) -> Tensor:
-        """For each label whether it carries a mark."""
-        marked = torch.zeros(self.space.count, dtype=torch.bool)
-        ids = self.space.marks.get(mark)
-        if ids:
-            marked[torch.cat(ids)] = True
-        return marked
-
-    def _leaves_marked(self, mark: str) -> set[int]:
-        """Numbers of the leaves that have a label with a mark."""
-        return {number for number, marked in enumerate(self._leaves_with(self._marked_labels(mark))) if marked}
-
-    def _leaves_with(self, labels: Tensor) -> list[bool]:
-        """For each leaf whether it has one of the labels."""
-        found = torch.zeros(len(self.leaves), dtype=torch.bool)
-        found[self._table.leaf[labels[self._table.ids]]] = True
-        return found.tolist()
-
     def refusals(self) -> tuple[Refusal, ...]:
         """What stays whole, and why; one entry for everything that belongs together."""
         told = [frozen for frozen in self.space.frozen if frozen.reason is not None]
@@ -383,8 +287,7 @@ class Analysis:
             labels = torch.cat([self.united[frozen.ids] for frozen in told])
             order = torch.repeat_interleave(torch.tensor([frozen.ids.numel() for frozen in told]))
             first.scatter_reduce_(0, labels, order, "amin")
-        whole = torch.ones(len(self.leaves), dtype=torch.bool)
-        whole[self._table.leaf[self.root(self._table.ids) != SOLID]] = False
+        whole = self._table.entirely(self.roots == SOLID)
         found: dict[int, Refusal] = {}
         for number in whole.nonzero().flatten().tolist():
             leaf = self.leaves[number]
@@ -448,34 +351,3 @@ def _alike(first: Event, second: Event) -> bool:
 def _entry_point(name: str) -> str:
     """What a program calls, whatever the mode: the first word of its name."""
     return name.partition(" ")[0]
-
-
-def _table(leaves: Sequence[Leaf]) -> Table:
-    """All leaves end to end."""
-    empty = torch.zeros(0, dtype=torch.int64)
-    return Table(
-        torch.cat([empty, *(leaf.ids for leaf in leaves)]),
-        torch.cat([empty, *(torch.full_like(leaf.ids, number) for number, leaf in enumerate(leaves))]),
-        torch.cat([empty, *(torch.arange(len(leaf.ids)) for leaf in leaves)]),
-    )
-
-
-def _stretches(roots: Tensor, leaves: Tensor) -> Iterator[tuple[Signature, Tensor]]:
-    """Stretches of units that own equally many positions of the same leaves; both tensors sorted by unit, then leaf."""
-    if not len(roots):
-        return
-    base = int(leaves.max()) + 1
-    runs, counts = torch.unique_consecutive(roots * base + leaves, return_counts=True)
-    codes = torch.stack([runs % base, counts])
-    _, lengths = torch.unique_consecutive(runs // base, return_counts=True)
-    unit = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    before = (torch.arange(len(runs)) - lengths[unit]).clamp(min=0)
-    differs = torch.ones(len(lengths), dtype=torch.bool)
-    differs[1:] = lengths[1:] != lengths[:-1]
-    differs[unit[(codes != codes[:, before]).any(0)]] = True
-    first_runs = lengths.cumsum(0) - lengths
-    heads = differs.nonzero().flatten().tolist()
-    for head, end in zip(heads, [*heads[1:], len(lengths)], strict=True):
-        start = int(first_runs[head])
-        signature = codes[:, start : start + int(lengths[head])].T.tolist()
-        yield tuple((leaf, count) for leaf, count in signature), torch.arange(head, end)

@@ -109,7 +109,10 @@ class PruningCallback(PruningMethod, Callback):
             ConfigurationError: Before that.
         """
         if self._report is None:
-            raise ConfigurationError("there is no report before the first fit with this callback has ended")
+            raise ConfigurationError(
+                "there is no report before the first fit with this callback has ended. After one in processes of its "
+                "own (ddp_spawn, ddp_fork) it is in report.json, beside the fit's checkpoints or in directory."
+            )
         return self._report
 
     # The lifecycle ---------------------------------------------------------------------------------------------------

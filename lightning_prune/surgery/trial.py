@@ -159,7 +159,8 @@ def _coupled(analysis: Analysis, places: Sequence[Place]) -> bool:
         analysis: What is known of the network.
         places: Groups, each with an operator that could not follow.
     """
-    for length in sorted({length for name, _ in places for length in _full_lengths(analysis, name)}, reverse=True):
+    lengths = set.intersection(*(_full_lengths(analysis, name) for name, _ in places))
+    for length in sorted(lengths, reverse=True):
         pairs = {(name, _partner(analysis, name, event, length)) for name, event in places}
         chosen = [(name, partner) for name, partner in pairs if partner is not None]
         if len(chosen) < len(pairs):

@@ -26,6 +26,17 @@ WRONG = [
         ),
         removal=Removal(share=0.5, single=0, seed=1),
     ),
+    # Two groups share a number that the code keeps once, and only one of them is as wide as the other's partner.
+    Example(
+        architecture=Architecture(
+            kind="sequence",
+            channels=1,
+            blocks=(("linear", 4, False), ("dense", (("uneven", 6, 2, False), ("multihead", 0)), False)),
+            head="classifier",
+            seed=0,
+        ),
+        removal=Removal(share=0.5, single=None, seed=0),
+    ),
 ]
 """Something other than an exact cut or a refusal came of these."""
 

@@ -5,6 +5,8 @@ from lightning_prune.budget import Limits
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.bayesian import BayesianPruning
 from lightning_prune.callbacks.channels import ChannelPruning
+from lightning_prune.callbacks.decision_patterns import DecisionPatternPruning
+from lightning_prune.callbacks.distillation import Distillation
 from lightning_prune.callbacks.dsd import DSD
 from lightning_prune.callbacks.dynamic_surgery import DynamicNetworkSurgery
 from lightning_prune.callbacks.edge_popup import EdgePopup
@@ -12,6 +14,8 @@ from lightning_prune.callbacks.grow_and_prune import GrowAndPrune
 from lightning_prune.callbacks.growing_regularisation import GReg
 from lightning_prune.callbacks.prob_mask import ProbMask
 from lightning_prune.callbacks.regularised import RegularisedPruning
+from lightning_prune.callbacks.scoring_net import ScoringNetPruning
+from lightning_prune.callbacks.search_and_train import SearchAndTrain
 from lightning_prune.callbacks.small_weights import SmallWeightSearch
 from lightning_prune.callbacks.soft_filters import SoftFilterPruning
 from lightning_prune.callbacks.sparse_binary_mask import SparseBinaryMask
@@ -19,6 +23,7 @@ from lightning_prune.callbacks.sparse_training import SET, RigL
 from lightning_prune.callbacks.supermask import Supermask
 from lightning_prune.callbacks.tickets import ChannelLotteryTicket, LotteryTicket
 from lightning_prune.callbacks.weights import WeightPruning
+from lightning_prune.callbacks.width_record import WidthSearch
 from lightning_prune.checkpoint import load_pruned
 from lightning_prune.criteria import CHIP, FPGM, NISP, BatchNormScale, Criterion, Norm, Random, Taylor, ThiNet
 from lightning_prune.criteria.activations import ActivationCriterion, APoZ, HRank
@@ -38,6 +43,7 @@ from lightning_prune.criteria.weights import (
 from lightning_prune.errors import BudgetError, ConfigurationError, PruneError, ShrinkError, TraceError
 from lightning_prune.graph.channels import ChannelGraph, ChannelGroup, Slot
 from lightning_prune.graph.rules import register_rule
+from lightning_prune.patterns import PatternMining
 from lightning_prune.penalties import BatchNormISTA, ChannelPenalty, GroupLasso, GroupNormDecay, Slimming
 from lightning_prune.reinit import (
     Keep,
@@ -51,6 +57,7 @@ from lightning_prune.reinit import (
 from lightning_prune.reinit import Random as RandomReinit
 from lightning_prune.report import PruneReport
 from lightning_prune.schedules import Cosine, Cubic, Geometric, Linear, OneShot, Schedule
+from lightning_prune.scoring import Stage, StageLoss
 from lightning_prune.search import Annealing, CrossEntropy, Genetic, ParticleSwarm, Search
 from lightning_prune.surgery import shrink, trace
 
@@ -79,6 +86,8 @@ __all__ = [
     "Criterion",
     "CrossEntropy",
     "Cubic",
+    "DecisionPatternPruning",
+    "Distillation",
     "DynamicNetworkSurgery",
     "EdgePopup",
     "GReg",
@@ -102,6 +111,7 @@ __all__ = [
     "Norm",
     "OneShot",
     "ParticleSwarm",
+    "PatternMining",
     "ProbMask",
     "PruneError",
     "PruneReport",
@@ -114,13 +124,17 @@ __all__ = [
     "Rewind",
     "RigL",
     "Schedule",
+    "ScoringNetPruning",
     "Search",
+    "SearchAndTrain",
     "ShrinkError",
     "Slimming",
     "Slot",
     "SmallWeightSearch",
     "SoftFilterPruning",
     "SparseBinaryMask",
+    "Stage",
+    "StageLoss",
     "Supermask",
     "SynFlow",
     "Taylor",
@@ -131,6 +145,7 @@ __all__ = [
     "WeightCriterion",
     "WeightPruning",
     "WeightSource",
+    "WidthSearch",
     "__version__",
     "load_pruned",
     "register_rule",

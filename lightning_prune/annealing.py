@@ -22,22 +22,21 @@ _LEAST_SCALE, _COLDEST = 1e-9, 1e-6
 """Where all units are zero, or equal, there is no scale or temperature to go by."""
 
 
-def gaussian_scales(norms: Tensor, entries: int, shape: float = 1.0, scale: float = 0.0) -> Tensor:
+def gaussian_scales(weights: Tensor, shape: float = 1.0, scale: float = 0.0) -> Tensor:
     """Most probable variances of the weights of units under a Gaussian scale mixture.
 
     The weights of a unit are a Gaussian vector times a scale of their own, whose square has an inverse gamma prior.
 
     Args:
-        norms: Squared 2-norm of the weights of each unit, shape ``[units]``.
-        entries: Number of weights of a unit.
+        weights: All weights of each unit, shape ``[units, weights]``.
         shape: Of the prior.
         scale: Of the prior: what the variances do not fall below, times half of the number of weights.
 
     Example:
-        >>> gaussian_scales(torch.tensor([12.0]), entries=6, shape=1.0, scale=4.0)
+        >>> gaussian_scales(torch.tensor([[2.0, 2.0, -2.0, 0.0, 0.0, 0.0]]), shape=1.0, scale=4.0)
         tensor([2.])
     """
-    return (norms + 2 * scale) / (entries + 2 * shape + 2)
+    return (weights.square().sum(1) + 2 * scale) / (weights.shape[1] + 2 * shape + 2)
 
 
 class Mixture(NamedTuple):
@@ -178,7 +177,11 @@ def threshold_for(
 
 
 def annealed(
-    evidence: Mapping[str, Tensor], progress: float, cost: Callable[[Mapping[str, float]], float], allowed: float
+    evidence: Mapping[str, Tensor],
+    progress: float,
+    cost: Callable[[Mapping[str, float]], float],
+    allowed: float,
+    least: Mapping[str, int],
 ) -> dict[str, Tensor]:
     """Gates at some progress of the annealing, which begins at the temperature at which the evidence spreads.
 
@@ -187,10 +190,13 @@ def annealed(
         progress: From 0 to 1.
         cost: As for :func:`threshold_for`.
         allowed: As for :func:`threshold_for`.
+        least: Number of units of each group that stay whatever comes, so their gates are open: with nothing but nearly
+            shut gates in it, a group would cut the network in two.
     """
     known = torch.cat([values[values.isfinite()] for values in evidence.values()])
     temperature = max(cooled(float(known.std(unbiased=False)), progress), _COLDEST)
-    return soft_gates(evidence, threshold_for(evidence, temperature, cost, allowed), temperature)
+    gates = soft_gates(evidence, threshold_for(evidence, temperature, cost, allowed), temperature)
+    return {name: gate.masked_fill(best(evidence[name], least.get(name, 0)), 1.0) for name, gate in gates.items()}
 
 
 def best(evidence: Tensor, count: int) -> Tensor:

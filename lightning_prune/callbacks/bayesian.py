@@ -10,19 +10,17 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from typing_extensions import override
 
-from lightning_prune.bayes import Beta, Readers, evidence_of, hand_over, observe, put_back, ranking, share_gone
+from lightning_prune.bayes import Beta, ranking, share_gone
 from lightning_prune.budget import Scope
 from lightning_prune.callbacks.base import Shrink
 from lightning_prune.callbacks.network import Network
-from lightning_prune.callbacks.phases import PhasedPruning
-from lightning_prune.callbacks.support import shadows
-from lightning_prune.criteria import normalise
+from lightning_prune.callbacks.soft_exit import SoftExit
+from lightning_prune.choices import unknown_name
 from lightning_prune.errors import ConfigurationError
-from lightning_prune.graph.tracer import named_leaves
 from lightning_prune.schedules import Linear, Position, Schedule
 
 
-class BayesianPruning(PhasedPruning):
+class BayesianPruning(SoftExit):
     """Prunes in many small rounds, each of which knows what the earlier ones saw (after Lu et al., ACM MM 2022).
 
     The evidence for a channel is how far the laws of what its readers compute would move without it. Each round draws
@@ -38,7 +36,7 @@ class BayesianPruning(PhasedPruning):
 
     Args:
         remove: Fraction to remove in all.
-        of: What it is a fraction of; not latency, which is too slow to measure for every draw.
+        of: What it is a fraction of; latency is too slow to measure for each draw.
         rounds: Number of equal rounds in the first 60 % of the fit; no more than it has epochs.
         schedule: Rounds at positions of your own, in place of ``rounds``.
         draws: How many times batches are drawn in a round.
@@ -46,6 +44,7 @@ class BayesianPruning(PhasedPruning):
         memory: What is left of a posterior after a round, in [0, 1]; 0 is pruning without memory.
         weight: How many observations a round counts as.
         reparameterise: Whether what goes is handed over to what stays.
+        soft: Whether, in the second half of the time between two rounds, what will probably go fades out.
         ridge: Strength of the regression that does it, relative to the mean variance of the channels.
         scope: This and all others: as for :class:`~lightning_prune.ChannelPruning`.
         include: Channels that may go.
@@ -82,6 +81,7 @@ class BayesianPruning(PhasedPruning):
         weight: float = 4.0,
         reparameterise: bool = True,
         ridge: float = 1e-3,
+        soft: bool = True,
         scope: Scope = "global",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
@@ -101,18 +101,16 @@ class BayesianPruning(PhasedPruning):
                 f"memory must lie in [0, 1], weight above 0 and ridge not below 0, but they are {memory}, {weight} and "
                 f"{ridge}."
             )
-        if of == "latency":
-            raise ConfigurationError("latency is too slow to measure for every draw. Use of='macs'.")
+        if of not in ("channels", "params", "macs"):
+            raise unknown_name("measure", of, ["channels", "params", "macs"])
         part = 0.6 / rounds
         super().__init__(
             "l2", remove, of, schedule or Linear(part, 0.6, part), scope, include, exclude, ratios, round_to,
             min_channels, shrink=shrink, recalibrate=recalibrate, seed=seed, directory=directory,
         )  # fmt: skip
-        self.schedule = schedule
+        self._equal = schedule is None
         self.rounds, self.draws, self.batches, self.memory, self.weight = rounds, draws, batches, memory, weight
-        self.reparameterise, self.ridge = reparameterise, ridge
-        self._readers: Readers = {}
-        self._before: list[tuple[Tensor, Tensor]] = []
+        self.reparameterise, self.ridge, self.soft = reparameterise, ridge, soft
 
     @property
     def predictions(self) -> list[dict[str, dict[str, Tensor]]]:
@@ -126,7 +124,7 @@ class BayesianPruning(PhasedPruning):
     @override
     def check_phases(self, last: Position) -> None:
         rounds, schedule = len(self._schedule.rounds()), self._schedule
-        if self.schedule is None and rounds > last.epoch / schedule.end:
+        if self._equal and rounds > last.epoch / schedule.end:
             raise ConfigurationError(
                 f"{rounds} rounds are more than the {last.epoch / schedule.end:g} epochs of this fit. Train longer, "
                 f"have fewer rounds, or give a schedule of your own."
@@ -137,28 +135,28 @@ class BayesianPruning(PhasedPruning):
                 f"fewer."
             )
 
+    @property
     @override
-    def prepare(self, network: Network) -> None:
-        super().prepare(network)
-        observe(network.graph, network.probe.evaluations(1), network.tensors)  # else it would fail amid the fit
+    def fades(self) -> bool:
+        return self.soft
+
+    @override
+    def gates(self, position: Position) -> Mapping[str, Tensor]:
+        rounds, now = self._schedule.rounds(), position.along(self._schedule.unit)
+        done = sum(due <= now + 1e-6 * self._schedule.interval for due in rounds)
+        if done in (0, len(rounds)):
+            return {}
+        closing = 2 * (now - rounds[done - 1]) / (rounds[done] - rounds[done - 1]) - 1
+        likely = {name: p * (p > 0.5) for name, p in self.per_unit.get("forecast", {}).items()}
+        return {name: 1 - closing * p for name, p in likely.items() if closing > 0 and bool(p.any())}
 
     @override
     def carry_out(self, network: Network, level: float) -> None:
-        programs = network.probe.evaluations(self.batches)
-        self._readers = observe(network.graph, programs, network.tensors)
-        for reader in self._readers.values():
-            reader.share(network.average)
-        self._count = len(programs)
         forecast, alive = dict(self.per_unit.get("forecast", {})), dict(network.masks.keep)
-        try:
-            super().carry_out(network, level)
-        except BaseException:
-            put_back(self._before)
-            raise
-        self._readers, self._before = {}, []
-        came = {name: alive[name] for name in self._chosen if name in forecast}
+        super().carry_out(network, level)
+        came = {name: (alive[name], keep) for name, keep in self.chosen.items() if name in forecast}
         self.predictions.append(
-            {n: {"predicted": forecast[n][left], "pruned": ~self._chosen[n][left]} for n, left in came.items()}
+            {n: {"predicted": forecast[n][left], "pruned": ~keep[left]} for n, (left, keep) in came.items()}
         )
 
     @override
@@ -175,8 +173,8 @@ class BayesianPruning(PhasedPruning):
         schedule = self._schedule
         levels = sorted({schedule.level(Position(p, p, p), self.remove) for p in schedule.rounds()} | {level})
         ahead = next((later for later in levels if later > level), level)
-        picks = torch.randint(self._count, (self.draws, self._count), generator=self.generator("draws"))
-        evidence = [self._evidence(network, draw) for draw in one_hot(picks, self._count).sum(1)]
+        picks = torch.randint(self.looked_at, (self.draws, self.looked_at), generator=self.generator("draws"))
+        evidence = [self.evidence(network, draw) for draw in one_hot(picks, self.looked_at).sum(1)]
         now, later = (share_gone([self._selection(network, one, at) for one in evidence]) for at in (level, ahead))
         for name, share in now.items():
             before = Beta(*(self.per_unit.setdefault(key, {}).get(name, torch.ones(len(share))) for key in "ab"))
@@ -184,23 +182,4 @@ class BayesianPruning(PhasedPruning):
             expected = Beta(self.per_unit["a"][name], self.per_unit["b"][name])
             forecast = expected.updated(later[name], self.memory, self.weight).mean
             self.per_unit.setdefault("forecast", {})[name] = forecast
-        self.per_unit["evidence"] = self._evidence(network, torch.ones(self._count))
-
-    def _evidence(self, network: Network, draw: Tensor) -> dict[str, Tensor]:
-        """What speaks for each unit that may go, from some of the batches."""
-        names = self._eligible(network)
-        found = evidence_of(self._readers, network.tensors, names, draw)
-        if unread := [name for name in names if name not in found]:
-            typical = torch.cat(list(found.values())).mean() if found else torch.ones(())
-            norms = self._scores(network)
-            found |= {name: normalise(norms[name], network.masks.keep[name]).cpu() * typical for name in unread}
-        return found
-
-    @override
-    def _selected(self, network: Network, level: float, otherwise: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        put_back(self._before)  # what was chosen before could not be carried out
-        keep = self._chosen = super()._selected(network, level, otherwise)
-        if self.reparameterise:
-            copies = [network.tensors, *map(named_leaves, shadows(network.module))]
-            self._before = hand_over(copies, self._readers, keep, network.masks.keep, self.ridge)
-        return keep
+        self.per_unit["evidence"] = self.evidence(network, torch.ones(self.looked_at))

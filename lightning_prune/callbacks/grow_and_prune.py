@@ -21,10 +21,8 @@ from lightning_prune.errors import ConfigurationError
 from lightning_prune.penalties import add_decay
 from lightning_prune.schedules import Linear, Position, Unit
 
-_SHUT = 0.05
-"""Gate below which a unit goes for good."""
-_LARGEST_DECAY = 0.1
-"""Largest share of a weight that the penalty takes away in one step."""
+_SHUT, _LARGEST_DECAY = 0.05, 0.1
+"""Gate below which a unit goes for good; largest share of a weight that the penalty takes away in one step."""
 
 
 class GrowAndPrune(PhasedPruning):
@@ -37,8 +35,8 @@ class GrowAndPrune(PhasedPruning):
     what is left is fine-tuned. ``remove`` is a fraction of the network as it was before it grew.
 
     After Lu, Dong, Fang, Lin, Li & Shi, "Growing-before-pruning" (Pattern Recognition 166, 2025), of which only the
-    abstract was at hand. Ours are: growth in width alone (the source has branches), the penalty, its coefficient, the two
-    Gaussians, temperatures, thresholds, phases. One channel of a group stays, so no whole layer vanishes.
+    abstract was at hand. Ours are: growth in width alone (the source has branches), the penalty, its coefficient, the
+    two Gaussians, temperatures, thresholds, phases. No whole layer vanishes, unlike there.
 
     Args:
         remove: Fraction of the original network to remove in all, in [0, 1).
@@ -55,7 +53,7 @@ class GrowAndPrune(PhasedPruning):
         round_to: Widths become multiples of this.
         min_channels: Fewest channels of a group, as a number or a share of the original width.
         shrink: When channels are removed physically.
-        seed: Seed of the growth.
+        seed: Of the growth.
         directory: Where the checkpoint and the report are written.
 
     Raises:
@@ -84,7 +82,7 @@ class GrowAndPrune(PhasedPruning):
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         round_to: int = 1,
-        min_channels: Union[int, float] = 1,  # noqa: UP007
+        min_channels: Union[int, float] = 0.1,  # noqa: UP007
         shrink: Literal["rounds", "end"] = "rounds",
         seed: int = 0,
         directory: str | None = None,
@@ -107,9 +105,8 @@ class GrowAndPrune(PhasedPruning):
     def can_prune(self, network: Network) -> bool:
         found = super().can_prune(network)
         if not found and "grown" not in self.learnt and self.expand > 1:
-            raise ConfigurationError(
-                f"nothing can grow or be pruned ({'; '.join(map(str, network.graph.refused[:5]))})"
-            )
+            reasons = "; ".join(f"{path}: {reason}" for path, reason in network.graph.refused[:5])
+            raise ConfigurationError(f"nothing in this network can grow or be pruned ({reasons}).")
         return found
 
     @override
@@ -126,8 +123,7 @@ class GrowAndPrune(PhasedPruning):
         super().prepare(network)
         if self.expand > 1:
             grow(network, self._eligible(network), self.expand, self.noise, self.generator("growth"))
-        self.learnt["grown"] = self._cost(network)(network.graph.widths)
-        self.learnt["floors"] = {}
+        self.learnt.update(grown=self._cost(network)(network.graph.widths), floors={})
 
     @override
     def resume(self, network: Network) -> None:
@@ -177,7 +173,8 @@ class GrowAndPrune(PhasedPruning):
         def expected(counts: Mapping[str, float]) -> float:
             return cost({**present, **{name: round(count) for name, count in counts.items()}})
 
-        gates = annealed(evidence, level, expected, falling(self.learnt["grown"], target, level))
+        least = {name: fit(0, present[name], original[name]) for name in evidence}
+        gates = annealed(evidence, level, expected, falling(self.learnt["grown"], target, level), least)
         self.per_unit["gates"] = gates = dict(network.broadcast(gates))
         widths = {n: fit(int((gate >= _SHUT).sum()), present[n], original[n]) for n, gate in gates.items()}
         if expected(widths) < target:
@@ -187,11 +184,9 @@ class GrowAndPrune(PhasedPruning):
     def _refresh(self, network: Network) -> None:
         """Estimate the scale of each unit anew, from the weights behind the gates."""
         tensors = {**network.tensors, **({} if self._gated is None else self._gated.dense)}
-        scales = self.per_unit["scales"] = {}
-        for name in self._eligible(network):
-            weights = entries(network.graph.groups[name].with_role(*WEIGHT_ROLES), tensors)
-            floor = self.learnt["floors"].get(name, 0.0)
-            scales[name] = gaussian_scales(weights.square().sum(1), weights.shape[1], scale=floor)
+        groups, floors = network.graph.groups, self.learnt["floors"]
+        weights = {name: entries(groups[name].with_role(*WEIGHT_ROLES), tensors) for name in self._eligible(network)}
+        self.per_unit["scales"] = {n: gaussian_scales(w, scale=floors.get(n, 0.0)) for n, w in weights.items()}
 
     def _behind_gates(self, network: Network) -> GatedTraining | None:
         """Put the gates, if there are any, before the weights; what was learnt then holds the weights behind them."""

@@ -8,24 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_prune.graph.activations import Reading
-from lightning_prune.graph.analysis import Analysis
 from lightning_prune.graph.channels import Slot
-from lightning_prune.graph.tracer import Event
+from lightning_prune.surgery.readers import Readers, Receiver
 
-_OTHER_ROLES = ("producer", "bias", "scale", "statistic")
-
-
-class Receiver(NamedTuple):
-    """A vector that can make up for a constant missing from a response.
-
-    Args:
-        tensor: Full name of the vector.
-        sign: 1 for a bias; -1 for the running mean of the norm behind, which is subtracted.
-    """
-
-    tensor: str
-    sign: int
+Before = Sequence[tuple[Mapping[str, Tensor], str, Tensor]]
+"""Networks' tensors by full name, the name of one that was changed, and its former value."""
 
 
 class Regression(NamedTuple):
@@ -95,6 +82,7 @@ def absorb(
     slot: Slot,
     outputs: Sequence[int],
     receiver: Receiver | None,
+    reach: Tensor,
     gone: Tensor,
     stay: Tensor,
     regression: Regression,
@@ -108,6 +96,7 @@ def absorb(
         slot: Where the tensor reads the units.
         outputs: Its dimensions along which outputs are made.
         receiver: What takes up the constant; None leaves it out.
+        reach: What :func:`~lightning_prune.surgery.readers.coverage` says of the tensor.
         gone: Removed units, a bool mask.
         stay: Staying units, a bool mask.
         regression: The removed units as a function of the staying ones.
@@ -116,7 +105,7 @@ def absorb(
         >>> slot = Slot("head.weight", 1, torch.arange(2)[:, None], "consumer")
         >>> tensors = {"head.weight": torch.tensor([[1.0, 10.0]]), "head.bias": torch.zeros(1)}
         >>> gone, known = torch.tensor([False, True]), Regression(torch.full((1, 1, 1), 2.0), torch.full((1, 1), 3.0))
-        >>> absorb(tensors, slot, [0], Receiver("head.bias", 1), gone, ~gone, known)
+        >>> absorb(tensors, slot, [0], Receiver("head.bias", 1), torch.ones(()), gone, ~gone, known)
         >>> tensors["head.weight"], tensors["head.bias"]
         (tensor([[21., 10.]]), tensor([30.]))
     """
@@ -130,105 +119,46 @@ def absorb(
     taken = torch.einsum("eps,pe...->se...", slopes, parts).flatten(0, 1).movedim(0, slot.dim)
     if receiver is not None:
         vector = tensors[receiver.tensor].detach()
-        total = kernels(weight, slot, outputs)[gone.to(weight.device)].sum(3).to(constants)
+        total = kernels(weight * reach, slot, outputs)[gone.to(weight.device)].sum(3).to(constants)
         vector += (receiver.sign * torch.einsum("peo,ep->o", total, constants)).to(vector)
     weight.index_add_(slot.dim, slot.positions(stay).to(weight.device), taken.to(weight.dtype))
 
 
-def exchanges(reading: Reading, weight: Tensor) -> bool:
-    """Whether to mix units in what is read gives the same as to mix them in the weight that reads them.
-
-    It is tried out on the operator itself, so it is not so for a weight that is worked on or cast before it is read.
-
-    Args:
-        reading: The operator.
-        weight: The tensor of its slot.
-    """
-    index, data, values = reading.place.index, reading.data.detach(), weight.detach()
-    expected = reading.call(_mixed(data, reading.place.dim, index, index.roll(-1, 0)))
-    kept = values.clone()
-    try:
-        values.copy_(_mixed(kept, reading.slot.dim, reading.slot.index, reading.slot.index.roll(1, 0)))
-        found = reading.call(data)
-    finally:
-        values.copy_(kept)
-    return _same(expected, found)
-
-
-def adds(reading: Reading, vector: Tensor, dim: int) -> bool:
-    """Whether an operator adds the vector to its response, along one dimension of it.
+def hand_over(
+    copies: Sequence[Mapping[str, Tensor]],
+    readers: Readers,
+    keep: Mapping[str, Tensor],
+    alive: Mapping[str, Tensor],
+    ridge: float,
+) -> Before:
+    """Have the units that stay take over from those that go, wherever that is proven to be possible.
 
     Args:
-        reading: The operator.
-        vector: A parameter.
-        dim: The dimension of the response.
+        copies: Parameters and buffers by full name, of the network and of averages of its weights.
+        readers: What reads the units.
+        keep: The units that stay, bool masks by group name.
+        alive: The units that were there.
+        ridge: As for :func:`regress`.
+
+    Returns:
+        What :func:`put_back` takes.
     """
-    values, nothing = vector.detach(), torch.zeros_like(reading.data)
-    if values.dim() != 1 or len(values) != reading.response.shape[dim]:
-        return False
-    ramp = torch.linspace(1, 2, len(values), device=values.device, dtype=values.dtype)
-    before, kept = reading.call(nothing), values.clone()
-    try:
-        values.add_(ramp)
-        after = reading.call(nothing)
-    finally:
-        values.copy_(kept)
-    return _same(ramp.view([-1 if d == dim % before.dim() else 1 for d in range(before.dim())]), after - before)
+    changed: dict[str, None] = {}
+    plans = []
+    for (group, tensor, _), reader in readers.items():
+        gone = alive[group] & ~keep[group] if group in keep and group in alive else torch.zeros(1, dtype=torch.bool)
+        if reader.exact and bool(gone.any()):
+            plans.append((reader, gone, keep[group] & alive[group]))
+            changed.update({tensor: None, **({reader.receiver.tensor: None} if reader.receiver else {})})
+    before = [(copy, name, copy[name].detach().clone()) for copy in copies for name in changed]
+    for reader, gone, stay in plans:
+        regression = regress(reader.mean, reader.products, gone, stay, ridge, reader.receiver is not None)
+        for copy in copies:
+            absorb(copy, reader.slot, reader.outputs, reader.receiver, reader.reach, gone, stay, regression)
+    return before
 
 
-def only_reads(analysis: Analysis, slot: Slot) -> bool:
-    """Whether a tensor does nothing but read along a dimension; a tied one may make channels along it elsewhere."""
-    ids = _labels(analysis, slot.tensor, slot.dim)
-    others = [marked for role in _OTHER_ROLES for marked in analysis.space.marks.get(role, [])]
-    return not any(bool(torch.isin(ids, marked).any()) for marked in others)
-
-
-def mean_behind(analysis: Analysis, slot: Slot, output: int) -> str | None:
-    """The running mean of the batch-norm that is given the response of a weight, wherever that reads.
-
-    Args:
-        analysis: What is known of the network.
-        slot: Where the weight reads.
-        output: Its dimension along which it makes channels.
-    """
-    read, made = (_labels(analysis, slot.tensor, dim) for dim in (slot.dim, output))
-    found = set()
-    for run in analysis.runs:
-        events = [event for event in run.events if any(w.planes for w in event.inputs)]  # others count batches
-        for event, behind in zip(events, [*events[1:], None], strict=True):
-            reads = any(_is(plane.ids, read) for witness in event.inputs for plane in witness.planes)
-            if reads and len(event.inputs) > 1:  # else it turns the weight around
-                found.add(_running_mean(analysis, behind, made))
-    return found.pop() if len(found) == 1 else None
-
-
-def _running_mean(analysis: Analysis, event: Event | None, channels: Tensor) -> str | None:
-    if event is None or "batch_norm" not in event.name or len(event.inputs) < 3:
-        return None
-    data, mean = event.inputs[0].planes, event.inputs[-2].planes
-    if len(data) != 1 or len(mean) != 1 or not _is(data[0].ids, channels):
-        return None
-    statistics = analysis.space.marks.get("statistic", [])
-    if not any(torch.equal(mean[0].ids.flatten(), ids.flatten()) for ids in statistics):
-        return None
-    return next((leaf.tensor for leaf in analysis.leaves if _is(mean[0].ids, leaf.ids)), None)
-
-
-def _labels(analysis: Analysis, tensor: str, dim: int) -> Tensor:
-    return next(leaf.ids for leaf in analysis.leaves if (leaf.tensor, leaf.dim) == (tensor, dim))
-
-
-def _is(ids: Tensor, labels: Tensor) -> bool:
-    return torch.equal(ids.flatten(), labels)
-
-
-def _mixed(tensor: Tensor, dim: int, index: Tensor, others: Tensor) -> Tensor:
-    """A tensor with other positions along one dimension added to those at ``index``."""
-    index, others = index.flatten().to(tensor.device), others.flatten().to(tensor.device)
-    return tensor.index_add(dim, index, tensor.index_select(dim, others))
-
-
-def _same(expected: Tensor, found: Tensor) -> bool:
-    tolerance = 1e-7 if expected.dtype == torch.float64 else 1e-3
-    largest = float(expected.abs().max())
-    return bool(((expected - found).abs() <= tolerance * largest).all())
+def put_back(before: Before) -> None:
+    """Undo :func:`hand_over`."""
+    for tensors, name, value in before:
+        tensors[name].detach().copy_(value)

@@ -159,7 +159,7 @@ def _coupled(analysis: Analysis, places: Sequence[Place]) -> bool:
         analysis: What is known of the network.
         places: Groups, each with an operator that could not follow.
     """
-    lengths = set.intersection(*(_full_lengths(analysis, name) for name, _ in places))
+    lengths = set.intersection(*(_full_lengths(analysis, name) for name, _ in places)) if places else set()
     for length in sorted(lengths, reverse=True):
         pairs = {(name, _partner(analysis, name, event, length)) for name, event in places}
         chosen = [(name, partner) for name, partner in pairs if partner is not None]

@@ -14,6 +14,7 @@ from lightning_prune import (
     ChannelPruning,
     Cosine,
     Cubic,
+    DecisionPatternPruning,
     DynamicNetworkSurgery,
     EdgePopup,
     Genetic,
@@ -24,10 +25,13 @@ from lightning_prune import (
     Linear,
     LotteryTicket,
     OneShot,
+    PatternMining,
     ProbMask,
     PruningCallback,
     RegularisedPruning,
     RigL,
+    ScoringNetPruning,
+    SearchAndTrain,
     Slimming,
     SmallWeightSearch,
     SoftFilterPruning,
@@ -63,8 +67,8 @@ class Row:
 
     @property
     def trains(self):
-        """Whether weights are trained, and not only chosen among."""
-        return not issubclass(self.method, RandomNetwork)
+        """Whether every step trains the weights, and none only what they are chosen by."""
+        return not issubclass(self.method, (RandomNetwork, SearchAndTrain))
 
     @property
     def chooses_channels(self):
@@ -171,5 +175,31 @@ ROWS = [
     Row("greg-2", {"variant": 2, "at": 14, "unit": "step", "every": 2, "first_ceiling": 0.1, "shrink": "end"}, GReg),
     Row("grow-and-prune", {"of": "params", "interval": 0.1, "strength": 0.001}, GrowAndPrune),
     Row("bayesian", {"of": "channels", "rounds": 3, "draws": 4, "batches": 3}, BayesianPruning),
+    Row(
+        "decision-patterns",
+        {
+            "mining": PatternMining(48, 16, purity=0.7, min_support=0.05, positive=0.5),
+            "schedule": OneShot(8, "step"),
+        },
+        DecisionPatternPruning,
+    ),
     Row("soft-filters", {"at": 0.8, "of": "channels"}, SoftFilterPruning),
+    Row("scoring-net-init", {"steps": 6, "batches": 2}, ScoringNetPruning),
+    Row(
+        "scoring-net-post",
+        {
+            "mode": "post",
+            "steps": 5,
+            "batches": 0,
+            "of": "channels",
+            "shrink": "end",
+            "schedule": Linear(3, 8, 5, "step"),
+        },
+        ScoringNetPruning,
+    ),
+    Row(
+        "search-and-train",
+        {"of": "channels", "iterations": 2, "alpha_every": 2, "batches": 1, "at": 0.7},
+        SearchAndTrain,
+    ),
 ]

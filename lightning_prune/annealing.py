@@ -133,19 +133,30 @@ def weighed(scales: Mapping[str, Tensor], alive: Mapping[str, Tensor]) -> tuple[
     return evidence, {name: 0.5 * dormant * float(middle) for name, middle in middles.items()}
 
 
-def soft_gates(evidence: Mapping[str, Tensor], threshold: float, temperature: float) -> dict[str, Tensor]:
+def soft_gates(
+    evidence: Mapping[str, Tensor], threshold: float, temperature: float, least: Mapping[str, int] | None = None
+) -> dict[str, Tensor]:
     """Gates in [0, 1]: the probability that a unit stays, at some temperature.
 
     Args:
         evidence: How much speaks for each unit, shape ``[units]`` by group name.
         threshold: Evidence of a unit that stays or goes alike.
         temperature: How gently gates shut around the threshold, above 0.
+        least: Number of units of each group that stay whatever comes, so their gates are open: with nothing but nearly
+            shut gates in it, a group would cut the network in two. Default: none.
     """
-    return {name: torch.sigmoid((values - threshold) / temperature) for name, values in evidence.items()}
+    gates = {name: torch.sigmoid((values - threshold) / temperature) for name, values in evidence.items()}
+    return {
+        name: gate.masked_fill(best(evidence[name], (least or {}).get(name, 0)), 1.0) for name, gate in gates.items()
+    }
 
 
 def threshold_for(
-    evidence: Mapping[str, Tensor], temperature: float, cost: Callable[[Mapping[str, float]], float], allowed: float
+    evidence: Mapping[str, Tensor],
+    temperature: float,
+    cost: Callable[[Mapping[str, float]], float],
+    allowed: float,
+    least: Mapping[str, int] | None = None,
 ) -> float:
     """The lowest threshold at which the expected number of open gates costs no more than allowed, by bisection.
 
@@ -154,6 +165,7 @@ def threshold_for(
         temperature: As for :func:`soft_gates`.
         cost: Cost of expected numbers of units by group name; must not rise when a number falls.
         allowed: What it may be. Where even all shut gates cost more, the threshold shuts all.
+        least: As for :func:`soft_gates`.
 
     Example:
         >>> found = threshold_for({"a": torch.ones(4)}, 0.1, lambda widths: widths["a"], allowed=2.0)  # all half open
@@ -165,7 +177,7 @@ def threshold_for(
     high = float(finite.max()) + _REACH * temperature
 
     def fits(threshold: float) -> bool:
-        gates = soft_gates(evidence, threshold, temperature)
+        gates = soft_gates(evidence, threshold, temperature, least)
         return cost({name: float(gate.sum()) for name, gate in gates.items()}) <= allowed
 
     if fits(low):
@@ -190,13 +202,11 @@ def annealed(
         progress: From 0 to 1.
         cost: As for :func:`threshold_for`.
         allowed: As for :func:`threshold_for`.
-        least: Number of units of each group that stay whatever comes, so their gates are open: with nothing but nearly
-            shut gates in it, a group would cut the network in two.
+        least: As for :func:`soft_gates`.
     """
     known = torch.cat([values[values.isfinite()] for values in evidence.values()])
     temperature = max(cooled(float(known.std(unbiased=False)), progress), _COLDEST)
-    gates = soft_gates(evidence, threshold_for(evidence, temperature, cost, allowed), temperature)
-    return {name: gate.masked_fill(best(evidence[name], least.get(name, 0)), 1.0) for name, gate in gates.items()}
+    return soft_gates(evidence, threshold_for(evidence, temperature, cost, allowed, least), temperature, least)
 
 
 def best(evidence: Tensor, count: int) -> Tensor:

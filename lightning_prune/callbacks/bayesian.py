@@ -24,15 +24,16 @@ class BayesianPruning(SoftExit):
     """Prunes in many small rounds, each of which knows what the earlier ones saw (after Lu et al., ACM MM 2022).
 
     The evidence for a channel is how far the laws of what its readers compute would move without it. Each round draws
-    some of the batches with replacement, several times, and notes which channels would go by each draw. These notes
-    feed a Beta posterior per channel; the likeliest to go do, up to the budget, and those on which draws or rounds
-    disagree are put off. Before a channel goes, the channels that stay take over what they can predict of it.
+    some of the batches with replacement, several times, and notes which channels would go by each draw at the budgets
+    of the rounds to come. These notes feed a Beta posterior per channel; the likeliest to go do, up to the budget, and
+    those on which draws or rounds disagree are put off. Before a channel goes, the channels that stay take over what
+    they can predict of it.
 
     Only the abstract of "Bayesian based Re-parameterization for DNN Model Pruning" was read. Ours are the normal laws,
-    the draws, the discounted posteriors, the forecast and the ridge regression. Weights that the survivors take over
-    keep their state in the optimizer. A group that nothing reads with a parameter has its L2 norms for evidence, with
-    the mean evidence of the other groups. Weights that are cast or worked out before they read, as under autocast or
-    weight norm, are not re-parameterised. Each round looks at the network in evaluation mode.
+    the draws, the budgets they look ahead to, the discounted posteriors, the fading and the ridge regression. Weights
+    that take something over keep their state in the optimizer. A group that nothing reads with a parameter has its L2
+    norms for evidence, at the mean evidence of the other groups. Weights that are cast or worked out before they read,
+    as under autocast or weight norm, take nothing over. Each round looks at the network in evaluation mode.
 
     Args:
         remove: Fraction to remove in all.
@@ -169,17 +170,16 @@ class BayesianPruning(SoftExit):
         return self._selection(network, ranking(likely, self.per_unit["evidence"]), level)
 
     def _learn(self, network: Network, level: float) -> None:
-        """Take the tentative decisions of this round into the posteriors, and forecast the next round from them."""
+        """Take what would go by the draws, at the budgets of the rounds to come, into the posteriors."""
         schedule = self._schedule
-        levels = sorted({schedule.level(Position(p, p, p), self.remove) for p in schedule.rounds()} | {level})
-        ahead = next((later for later in levels if later > level), level)
+        levels = {schedule.level(Position(p, p, p), self.remove) for p in schedule.rounds()}
+        ahead = sorted(later for later in levels if later > level) or [level]
         picks = torch.randint(self.looked_at, (self.draws, self.looked_at), generator=self.generator("draws"))
         evidence = [self.evidence(network, draw) for draw in one_hot(picks, self.looked_at).sum(1)]
-        now, later = (share_gone([self._selection(network, one, at) for one in evidence]) for at in (level, ahead))
-        for name, share in now.items():
+        gone = share_gone([self._selection(network, one, at) for one in evidence for at in ahead])
+        for name, share in gone.items():
             before = Beta(*(self.per_unit.setdefault(key, {}).get(name, torch.ones(len(share))) for key in "ab"))
-            self.per_unit["a"][name], self.per_unit["b"][name] = before.updated(share, self.memory, self.weight)
-            expected = Beta(self.per_unit["a"][name], self.per_unit["b"][name])
-            forecast = expected.updated(later[name], self.memory, self.weight).mean
-            self.per_unit.setdefault("forecast", {})[name] = forecast
+            law = before.updated(share, self.memory, self.weight)
+            self.per_unit["a"][name], self.per_unit["b"][name] = law
+            self.per_unit.setdefault("forecast", {})[name] = law.mean
         self.per_unit["evidence"] = self.evidence(network, torch.ones(self.looked_at))

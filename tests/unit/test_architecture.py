@@ -18,7 +18,7 @@ FLOORS = [
     {"surgery"},
     {"masks", "weight_masks", "criteria", "budget", "weight_budget", "schedules", "reinit", "cost", "report"}
     | {"annealing", "bayes", "buckets", "distillation", "effective", "growth", "lion", "patterns", "penalties"}
-    | {"projection", "reparameterise", "scoring", "search", "threshold_net"},
+    | {"projection", "reparameterise", "scoring", "search", "subnet_search", "threshold_net"},
     {"probe", "checkpoint", "callbacks", "datamodules", "export", "recipes"},
     {"lightning_cli", "demo", "cli", "__init__", "__main__"},
 ]

@@ -1,0 +1,120 @@
+"""Channel pruning by a small neural network that learns to be the criterion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal, Union
+
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_prune.budget import Scope
+from lightning_prune.callbacks.base import Shrink
+from lightning_prune.callbacks.network import Network
+from lightning_prune.callbacks.scored_network import ScoredNetwork, schedule_of
+from lightning_prune.callbacks.scorer_files import ScorerPruning
+from lightning_prune.errors import ConfigurationError
+from lightning_prune.schedules import Schedule, ScheduleName
+from lightning_prune.scoring import Stage, stages_from
+
+
+class ScoringNetPruning(ScorerPruning):
+    """Removes the channels that a small neural network scores low, after ScoringNet (S. Wang, 2023).
+
+    At its round the net is trained on batches of the training data, with all weights frozen, to gate channels so that
+    the budget is met and the user's own loss is low; then it scores without noise. What it sees of a channel depends on
+    no shape, so a saved net also scores other networks and other data, at once or after a few more steps. Each step
+    costs one of training: prefer ``"taylor"`` where that is too much.
+
+    Only the abstract of "ScoringNet: A Neural Network Based Pruning Criteria for Structured Pruning" (Scientific
+    Programming, 2023) could be read: a net scores each output channel, before training too, and gradients help. That
+    stages have losses and optimizers of their own is after S. Wang (2024). The features, the net, the gates, the losses
+    and the transfer are ours.
+
+    Args:
+        remove: Fraction to remove in all, in [0, 1).
+        of: What it is a fraction of: ``"macs"``, ``"params"`` or ``"channels"``.
+        mode: Prune before training (``"init"``), or after 0.3 of it (``"post"``).
+        stages: What the net is trained through; default: a fifth of ``steps`` on the ranks that other criteria give,
+            three fifths on the loss, a fifth to commit.
+        steps: Steps of the default stages in all, at least 3.
+        batches: Batches whose gradients are among the features; 0 for none.
+        rescale: With ``mode="init"``, scale open channels up during these steps, so that signals keep their size.
+        scorer_path: File of a net to start from; the default is then one stage of ``adapt_steps`` to commit.
+        freeze: Score with that net as it is.
+        adapt_steps: See ``scorer_path``.
+        save_scorer: File to save the net in; default: ``scorer.pt`` beside the final checkpoint, if there is one.
+        schedule: When rounds are due, if not as ``mode`` says; the net learns on in each.
+        scope: This and all others: as for :class:`~lightning_prune.ChannelPruning`. Gates compete globally.
+        include: Channels that may go.
+        exclude: Channels that stay.
+        round_to: Widths become multiples of this.
+        min_channels: Fewest channels of a group.
+        shrink: When channels are removed physically.
+        verify: Whether each shrink is checked.
+        seed: Seed of the net and of the noise.
+        directory: Where the checkpoint, the net and the report are written.
+
+    Raises:
+        ConfigurationError: If an argument is wrong, or the file holds no net for these features.
+        BudgetError: If the budget is out of reach on this network.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(max_epochs=30, callbacks=[ScoringNetPruning(remove=0.5)], logger=False)
+    """
+
+    provenance = "reconstruction"
+
+    def __init__(
+        self,
+        remove: float = 0.5,
+        of: Literal["channels", "params", "macs"] = "macs",
+        mode: Literal["init", "post"] = "init",
+        stages: Sequence[Stage] | None = None,
+        steps: int = 400,
+        batches: int = 8,
+        rescale: bool = True,
+        scorer_path: str | None = None,
+        freeze: bool = False,
+        adapt_steps: int = 50,
+        save_scorer: str | None = None,
+        schedule: Union[ScheduleName, Schedule, None] = None,  # noqa: UP007
+        scope: Scope = "global",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        round_to: int = 1,
+        min_channels: Union[int, float] = 1,  # noqa: UP007
+        shrink: Shrink = "rounds",
+        verify: bool = True,
+        seed: int = 0,
+        directory: str | None = None,
+    ) -> None:
+        super().__init__(
+            "l2", remove, of, schedule_of(mode, of, schedule), scope, include, exclude, None, round_to, min_channels,
+            shrink=shrink, verify=verify, seed=seed, directory=directory,
+        )  # fmt: skip
+        if batches < 0:
+            raise ConfigurationError(f"batches must be at least 0, but is {batches}.")
+        self.mode, self.stages, self.steps, self.batches, self.rescale = mode, stages, steps, batches, rescale
+        self.scorer_path, self.freeze, self.adapt_steps, self.save_scorer = (
+            scorer_path,
+            freeze,
+            adapt_steps,
+            save_scorer,
+        )
+        self.schedule = schedule  # type: ignore[assignment]
+        self._stages = stages_from(stages, steps, scorer_path, freeze, adapt_steps)
+
+    @override
+    def select(self, network: Network, level: float) -> dict[str, Tensor]:
+        seen, scorer = ScoredNetwork(network, self._eligible(network), self.batches), self.scorer
+        if self._stages and self.must_learn:
+            seen.train(
+                scorer, self._stages, self._cost(network), self._dense_cost() * (1 - self.remove * level), self._limits,
+                partial(self._selection, network, level=level), self.rescale and self.mode == "init",
+                self.generator("scorer"),
+            )  # fmt: skip
+            self.keep_scorer(scorer)
+        return self._selection(network, seen.scores(scorer), level)

@@ -1,0 +1,200 @@
+"""Search for a subnet and training of it in one fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from lightning import Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_prune.callbacks.base import Shrink
+from lightning_prune.callbacks.network import Network
+from lightning_prune.callbacks.phases import PhasedPruning
+from lightning_prune.callbacks.subnets import SubnetTraining, refuse_repeated_losses
+from lightning_prune.choices import unknown_name
+from lightning_prune.errors import ConfigurationError
+from lightning_prune.graph.channels import ChannelGroup
+from lightning_prune.schedules import OneShot, Position, Unit
+from lightning_prune.subnet_search import SubnetSearch, thresholds_for
+from lightning_prune.threshold_net import relative
+
+
+class SearchAndTrain(PhasedPruning):
+    """Finds a subnet while it trains the network from scratch, in one fit (Lu et al., 2020 and 2023).
+
+    After a coarse training of the whole network, subnets are drawn one after another: each channel has an importance,
+    and of each group the most important ones stay that together have a share of the mass which a small network draws
+    from the importances. Some optimizer steps move the importances by which channels are multiplied, the others the
+    weights of the subnet; what it leaves out keeps its values. After each subnet the small network learns from its loss
+    and its cost (REINFORCE). Once subnets hardly change, or time is up, the budget is met by the importances under the
+    learnt shares, the rest is removed, and the subnet trains on. Add :class:`~lightning_prune.Distillation` with the
+    teachers ``["start", "ema"]`` or others to learn from those as well.
+
+    Only an abstract of the later work could be read. Ours are: factors that are a channel's mass relative to the mean
+    in the subnet, Adam for the importances, all training by the module's own optimizer and schedule without restarts,
+    the loss of a subnet as the mean over a few batches at its end, shares of the mass made from the budget, and how the
+    budget is met.
+
+    Args:
+        remove: Fraction to remove in all, in [0, 1).
+        of: What it is a fraction of, and what a subnet's cost is measured in.
+        coarse, at: Positions at which the search begins, and at which it ends and channels go.
+        unit: Of both: ``"fraction"`` of the fit, ``"epoch"`` or ``"step"``.
+        iterations: Number of subnets to train in this time.
+        alpha_every: Every how many-th optimizer step moves the importances instead of weights.
+        variance: How much it counts, against the loss, that the importances of a group lie apart.
+        thresholds: Shares of the mass to draw from, each in (0, 1]; default: six about the one that meets the budget
+            while importances are equal.
+        alpha_lr, threshold_lr: Learning rates of the importances and of the small network.
+        cost_weight: How much the cost of a subnet, as a share of the whole, counts against its loss.
+        noise: Size of the Gumbel noise on the importances that subnets are drawn by, in the first half of the search.
+        batches: Number of batches that the loss of a subnet is measured on.
+        include, exclude, round_to, min_channels, shrink, verify, recalibrate, seed, directory: As for
+            :class:`~lightning_prune.ChannelPruning`.
+
+    Raises:
+        ConfigurationError: If an argument is wrong, or the phases do not fit into the fit.
+        BudgetError: If the budget is out of reach on this network, or below what the smallest subnet costs.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(max_epochs=30, callbacks=[SearchAndTrain(remove=0.5)], logger=False)
+    """
+
+    provenance = "reconstruction"
+
+    def __init__(
+        self, remove: float = 0.5, of: Literal["channels", "params", "macs"] = "macs", coarse: float = 0.2,
+        at: float = 0.6, unit: Unit = "fraction", iterations: int = 10, alpha_every: int = 5, alpha_lr: float = 0.02,
+        variance: float = 1.0, thresholds: Sequence[float] | None = None, threshold_lr: float = 0.01,
+        cost_weight: float = 2.0, noise: float = 0.05, batches: int = 4, include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None, round_to: int = 1, min_channels: int | float = 1,
+        shrink: Shrink = "rounds", verify: bool = True, recalibrate: int = 0, seed: int = 0,
+        directory: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            "l2", remove, of, OneShot(at, unit), include=include, exclude=exclude, round_to=round_to, shrink=shrink,
+            min_channels=min_channels, verify=verify, recalibrate=recalibrate, seed=seed, directory=directory,
+        )  # fmt: skip
+        if of not in ("channels", "params", "macs"):
+            raise unknown_name("measure of SearchAndTrain", of, ["channels", "params", "macs"])
+        if not 0 <= coarse < at:
+            raise ConfigurationError(f"the search must begin before it ends, but it is from {coarse} to {at}.")
+        if iterations < 1 or alpha_every < 2 or batches < 1 or min(alpha_lr, threshold_lr) <= 0:
+            raise ConfigurationError(
+                f"iterations and batches must be at least 1, alpha_every at least 2 and learning rates above 0, but "
+                f"they are {iterations}, {batches}, {alpha_every}, {alpha_lr} and {threshold_lr}."
+            )
+        if thresholds is not None and not (thresholds and all(0 < share <= 1 for share in thresholds)):
+            raise ConfigurationError(f"thresholds must be shares in (0, 1], but are {list(thresholds)}.")
+        self.coarse, self.at, self.unit, self.iterations, self.batches = coarse, at, unit, iterations, batches
+        self.alpha_every, self.alpha_lr, self.variance, self.noise = alpha_every, alpha_lr, variance, noise
+        self.thresholds, self.threshold_lr, self.cost_weight = thresholds, threshold_lr, cost_weight
+        self._subnet: SubnetTraining | None = None
+
+    @override
+    def check_phases(self, last: Position) -> None:
+        self._subnet, self.always_finishes = None, False
+        steps = last.step * (1 - self.coarse / self.at)
+        if steps < self.iterations * self.alpha_every:
+            raise ConfigurationError(
+                f"{self.iterations} subnets of {self.alpha_every} or more optimizer steps each do not fit into the "
+                f"{steps:g} steps of the search. Train longer, have fewer iterations, or a lower alpha_every."
+            )
+
+    @override
+    def prepare(self, network: Network) -> None:
+        super().prepare(network)
+        groups, draw = self._groups(network), self.generator("importances")
+
+        def cost(share: float) -> float:
+            widths = {name: math.ceil(share * group.width - 1e-9) for name, group in groups.items()}
+            return self._cost(network)({**network.graph.widths, **widths})
+
+        thresholds = thresholds_for(cost, self._dense_cost() * (1 - self.remove), self.thresholds)
+        self.per_unit["alpha"] = {name: torch.rand(group.width, generator=draw) for name, group in groups.items()}
+        self.per_unit["keep"] = {}
+        self.learnt.update(search={"thresholds": thresholds}, count=0, step=-1, iteration=-1, settled=False)
+
+    @override
+    def resume(self, network: Network) -> None:
+        refuse_repeated_losses(network)
+        if self.under_way(network):
+            alpha, keep, state = self.per_unit["alpha"], self.per_unit["keep"], self.learnt["search"]
+            rates = self.alpha_lr, self.threshold_lr
+            self._search = SubnetSearch(alpha, keep, state, *rates, self.variance, self.seed)
+            if "dense" in self.learnt:
+                self._open(network).enter(self._search.gates())
+
+    @override
+    def before_batch(self, network: Network, position: Position) -> None:
+        share = (position.along(self.unit) - self.coarse) / (self.at - self.coarse)
+        if share < 0 or not self.under_way(network):
+            return
+        subnet = self._subnet or self._open(network)
+        subnet.after_step()
+        iteration = min(math.floor(share * self.iterations + 1e-9), self.iterations - 1)
+        if iteration != self.learnt["iteration"]:
+            if self._search.keep:
+                self._search.learn(self._reward(network))
+            noise = self.noise if iteration < self.iterations / 2 else 0.0
+            agreement = self._search.draw(noise, self.generator(f"subnet {iteration}"))
+            self.learnt.update(iteration=iteration, settled=agreement >= 0.98)
+            subnet.enter(self._search.gates())
+        if position.step != self.learnt["step"]:  # else gradients of this step are accumulating
+            self.learnt.update(step=position.step, count=self.learnt["count"] + 1)
+
+    @override
+    def before_step(self, network: Network, optimizer: Optimizer) -> None:
+        if self._subnet is None:
+            return
+        if self.learnt["count"] % self.alpha_every:
+            self._subnet.before_step()
+        else:
+            self._search.step(self._subnet.slopes(optimizer))
+            self._subnet.enter(self._search.gates())
+            optimizer.zero_grad(set_to_none=True)
+
+    @override
+    def after_step(self, network: Network, optimizer: Optimizer) -> None:
+        if self._subnet is not None:
+            self._subnet.after_step()
+
+    @override
+    def select(self, network: Network, level: float) -> dict[str, Tensor]:
+        return self._selection(network, self._search.standings(self._eligible(network)), level)
+
+    @override
+    def carry_out(self, network: Network, level: float) -> None:
+        if self._subnet is not None:
+            chosen = self._selected(network, level, {})
+            self._subnet.settle({name: relative(self.per_unit["alpha"][name], k) for name, k in chosen.items()})
+            self._subnet = None
+            del self.learnt["dense"], self.per_unit["keep"]
+        super().carry_out(network, level)
+
+    @override
+    def _round_if_due(self, trainer: Trainer, position: Position) -> bool:
+        settled = self._record.get("learnt", {}).get("settled", False)
+        return super()._round_if_due(trainer, Position(math.inf, math.inf, 1.0) if settled else position)
+
+    def _open(self, network: Network) -> SubnetTraining:
+        """Begin to train subnets, or go on with it."""
+        self.always_finishes = True  # from now on the network is not whole if the fit is stopped
+        self._subnet = SubnetTraining(self._groups(network), network, self.learnt.get("dense"))
+        self.learnt["dense"] = self._subnet.dense
+        return self._subnet
+
+    def _reward(self, network: Network) -> float:
+        """How good the present subnet is."""
+        widths = {**network.graph.widths, **{name: int(keep.sum()) for name, keep in self._search.keep.items()}}
+        cost = self._cost(network)(widths) / self._dense_cost()
+        return -(network.probe.loss(network.probe.batches(self.batches)) + self.cost_weight * cost)
+
+    def _groups(self, network: Network) -> dict[str, ChannelGroup]:
+        return {name: network.graph.groups[name] for name in self._eligible(network)}

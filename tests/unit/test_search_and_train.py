@@ -1,0 +1,272 @@
+"""Search for a subnet and training of it in one fit."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from lightning_prune import BudgetError, ConfigurationError, SearchAndTrain, trace
+from lightning_prune.callbacks.subnets import SubnetTraining
+from lightning_prune.effective import ChannelGates, EffectiveWeights
+from lightning_prune.subnet_search import thresholds_for
+from lightning_prune.threshold_net import ThresholdNet, importance_gradients, prefix, relative, standing, statistics
+from tests.fits import BATCHES, SmallNet, equal, fit, small_net, widths
+
+
+def searching(**arguments):
+    few = {"of": "channels", "iterations": 2, "alpha_every": 3, "batches": 1, "coarse": 1, "at": 2, "unit": "epoch"}
+    return SearchAndTrain(**{**few, **arguments})
+
+
+# Masses 0.1, 0.4, 0.2, 0.3: sorted 0.4, 0.7, 0.9, 1 are reached by units 1, 3, 2, 0.
+@pytest.mark.parametrize(
+    ("mass", "kept"), [(0.3, [1]), (0.4, [1]), (0.41, [1, 3]), (0.75, [1, 2, 3]), (0.95, [0, 1, 2, 3]), (1, range(4))]
+)
+def test_the_shortest_prefix_with_the_mass_is_kept(mass, kept):
+    mask = prefix(torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64).log(), mass)
+    assert mask.nonzero().flatten().tolist() == list(kept)
+
+
+def test_of_the_best_units_the_later_come_first_where_thresholds_are_low():
+    importances = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64).log()
+    torch.testing.assert_close(standing(importances, 0.5), torch.tensor([-0.8, 1.0, -0.4, 0.2]).double())
+    assert (standing(importances, 0.9)[1:] >= standing(importances, 0.5)[1:]).all()
+
+
+def test_a_choice_becomes_more_probable_when_its_reward_is_above_that_of_late_and_less_below():
+    seen = statistics([torch.tensor([0.1, 0.7, 0.3]), torch.tensor([0.9, 0.2])])
+    for reward, rises in ((-1.0, True), (-3.0, False)):
+        net = ThresholdNet([0.6, 0.7, 0.8])
+        net.reinforce(seen, torch.tensor([0, 0]), -2.0)
+        torch.testing.assert_close(net.probabilities(seen), torch.full((2, 3), 1 / 3))  # nothing to compare with yet
+        net.reinforce(seen, torch.tensor([1, 2]), reward)
+        chosen = net.probabilities(seen).gather(1, torch.tensor([[1], [2]]))
+        assert ((chosen > 1 / 3 + 1e-4) if rises else (chosen < 1 / 3 - 1e-4)).all()
+        assert net.baseline == pytest.approx(0.9 * -2 + 0.1 * reward)
+
+
+def test_what_costs_less_at_equal_loss_wins_in_the_long_run():
+    seen, draw = statistics([torch.tensor([0.1, 0.7, 0.3])] * 3), torch.Generator().manual_seed(0)
+    net = ThresholdNet([0.5, 0.9], lr=0.05)
+    for _ in range(60):
+        chosen = net.sample(seen, draw)
+        net.reinforce(seen, chosen, -float(net.thresholds[chosen].sum()))
+    assert (net.probabilities(seen)[:, 0] > 0.8).all()
+
+
+def test_gradients_of_importances_are_those_of_finite_differences():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    inputs, wanted = torch.randn(8, 3).double(), torch.randn(8, 2).double()
+    groups = trace(model, (inputs,)).groups
+    (name,) = groups
+    tensors = dict(model.named_parameters())
+    reads = model[2].weight.detach().clone()
+    alpha, keep = torch.tensor([0.3, 0.9, 0.1, 0.5]).double(), torch.tensor([True, True, False, True])
+
+    def loss(values):
+        p = values[keep].exp() / values[keep].exp().mean()
+        gates = torch.zeros(4).double().index_put((keep.nonzero().flatten(),), p)
+        output = model[1](model[0](inputs)) @ (reads * gates).T + model[2].bias
+        mean = values[keep].mean()
+        return ((output - wanted) ** 2).mean() - 0.7 * ((values[keep] - mean) ** 2).mean()
+
+    effective, gating = EffectiveWeights({"2.weight": model[2].weight}), ChannelGates(groups.values(), tensors)
+    gates = {name: relative(alpha, keep) * keep}
+    effective.place(gating.factors(gates))
+    ((model(inputs) - wanted) ** 2).mean().backward()
+    found = importance_gradients(alpha, keep, gating.gradients(gates, effective.slopes())[name], 0.7)
+    with torch.no_grad():
+        steps = 1e-5 * torch.eye(4).double()
+        expected = torch.stack([(loss(alpha + step) - loss(alpha - step)) / 2e-5 for step in steps])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    assert found[2] == 0
+
+
+def test_a_step_moves_the_weights_behind_the_subnet_by_their_own_gradients():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    inputs = torch.randn(8, 3)
+    groups = trace(model, (inputs,)).groups
+    gates = torch.tensor([2.0, 0.5, 0.0, 1.0])
+    before = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
+    hidden = torch.tanh(inputs @ before["0.weight"].T + before["0.bias"])
+    (hidden @ (before["2.weight"] * gates).T + before["2.bias"]).square().sum().backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=0.1)
+    subnet = SubnetTraining(groups, SimpleNamespace(tensors=dict(model.named_parameters())))
+    subnet.enter({name: gates for name in groups})
+    model(inputs).square().sum().backward()
+    subnet.before_step()
+    optimizer.step()
+    subnet.after_step()
+    moved = {name: (value - 0.01 * (value.grad + 0.1 * value)).detach() for name, value in before.items()}
+    for name, inside in (("0.weight", (gates > 0)[:, None]), ("0.bias", gates > 0), ("2.weight", gates > 0)):
+        moved[name] = torch.where(inside, moved[name], before[name].detach())
+    found = dict(model.named_parameters())
+    torch.testing.assert_close(found["2.weight"].detach(), moved["2.weight"] * gates)
+    torch.testing.assert_close(found["0.weight"].detach(), moved["0.weight"])
+    subnet.settle({name: gates + 1 for name in groups})
+    torch.testing.assert_close(found["2.weight"].detach(), moved["2.weight"] * (gates + 1))
+    torch.testing.assert_close(found["0.bias"].detach(), moved["0.bias"])
+
+
+def test_thresholds_lie_about_the_share_of_units_that_meets_the_budget():
+    assert thresholds_for(lambda share: share**2, 0.36, None) == pytest.approx([0.42, 0.48, 0.54, 0.6, 0.66, 0.72])
+    assert max(thresholds_for(lambda share: share, 1.0, None)) == 1.0
+
+
+class Diary(L.Callback):
+    """Importances, subnet and dense weights after every step."""
+
+    def __init__(self, pruning):
+        self.pruning, self.pages = pruning, {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        learnt = self.pruning.learnt
+        if "dense" in learnt:
+            units, dense = learnt["units"], learnt["dense"]
+            page = {"dense": dense["net.4.weight"], "alpha": units["alpha"]["net.4"], **units["keep"]}
+            held = {"weight": pl_module.net[9].weight.detach(), "whole": dense["net.9.weight"]}
+            self.pages[trainer.global_step] = {name: value.clone() for name, value in {**page, **held}.items()}
+
+
+@pytest.fixture(scope="module")
+def searched():
+    callback = searching()
+    diary = Diary(callback)
+    fit(callback, diary, epochs=3)
+    return callback, diary.pages
+
+
+def test_every_third_step_moves_importances_and_the_others_weights(searched):
+    _, pages = searched
+    assert list(pages) == list(range(BATCHES + 1, 2 * BATCHES + 1))
+    for step in range(BATCHES + 2, 2 * BATCHES + 1):
+        moved = {what: not torch.equal(pages[step - 1][what], pages[step][what]) for what in ("dense", "alpha")}
+        turn = (step - BATCHES) % 3 == 0
+        assert moved == {"dense": not turn, "alpha": turn}
+
+
+def test_what_a_subnet_leaves_out_keeps_its_weights_and_comes_back(searched):
+    _, pages = searched
+    for step in range(BATCHES + 2, 2 * BATCHES + 1):
+        before, now = pages[step - 1], pages[step]
+        off = ~now["net.4"]
+        assert off.any()
+        assert not now["weight"][:, off].any()
+        assert torch.equal(now["alpha"][off], before["alpha"][off])
+        assert torch.equal(now["dense"][off], before["dense"][off])
+        assert now["dense"][off].all()
+        assert torch.equal(now["whole"][:, off], before["whole"][:, off])
+    first, second = pages[BATCHES + 1]["net.4"], pages[2 * BATCHES]["net.4"]
+    back = second & ~first
+    assert back.any()
+    assert pages[2 * BATCHES]["weight"][:, back].all()
+
+
+def test_the_network_holds_the_weights_times_relative_masses(searched):
+    _, pages = searched
+    for page in pages.values():
+        expected = page["whole"] * relative(page["alpha"], page["net.4"]) * page["net.4"]
+        mass = page["alpha"][page["net.4"]].exp()
+        torch.testing.assert_close(page["weight"], expected)
+        kept = page["weight"][:, page["net.4"]] / page["whole"][:, page["net.4"]]
+        torch.testing.assert_close(kept, (mass / mass.mean()).expand(3, -1))
+
+
+def test_the_search_ends_with_the_budget_and_nothing_left_of_it(searched):
+    callback, _ = searched
+    assert callback.report.reached == 0.5
+    assert callback.report.history[-1].step == 2 * BATCHES
+    assert "dense" not in callback.learnt
+    assert all(len(alpha) == after for (_, _, after), alpha in zip_groups(callback))
+
+
+def zip_groups(callback):
+    groups = [(group.name, group.before, group.after) for group in callback.report.groups]
+    return [(group, callback.per_unit["alpha"][group[0]]) for group in groups]
+
+
+def test_what_goes_on_training_is_the_subnet_with_its_masses(monkeypatch):
+    settled, original = [], SubnetTraining.settle
+
+    def settle(subnet, gates):
+        original(subnet, gates)
+        settled.append(gates)
+
+    monkeypatch.setattr(SubnetTraining, "settle", settle)
+    fit(searching(), epochs=3)
+    assert [sorted(gates) for gates in settled] == [["net.0", "net.3.expand", "net.4"]]
+    assert all(gate.topk(len(gate) // 4).values.mean() > 1 for gate in settled[0].values())
+
+
+def test_a_search_that_has_settled_ends_at_once():
+    callback = searching(thresholds=[0.4], noise=0.0, alpha_lr=1e-9, at=3, iterations=3, coarse=0)
+    fit(callback, epochs=4)
+    assert callback.report.history[0].step == BATCHES + 1  # the second subnet is the first
+
+
+def test_a_fit_that_is_stopped_in_the_search_meets_its_budget_at_its_end():
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = trainer.global_step == BATCHES + 2
+
+    callback = searching()
+    module, _ = fit(callback, Stop(), epochs=3)
+    assert sum(widths(module)) == 30
+    assert callback.report.reached == 0.5
+
+
+def test_accumulated_batches_are_one_step_for_the_weights_and_for_the_importances():
+    callback = searching(alpha_every=2, iterations=1)
+    diary = Diary(callback)
+    fit(callback, diary, epochs=3, accumulate_grad_batches=2)
+    alpha = [page["alpha"] for page in diary.pages.values()]
+    assert list(diary.pages) == [3, 4, 5, 6]
+    assert [torch.equal(one, other) for one, other in pairwise(alpha)] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"coarse": 2, "at": 2}, "must begin before it ends"),
+        ({"alpha_every": 1}, "alpha_every at least 2"),
+        ({"thresholds": [0.5, 1.2]}, "shares in"),
+        ({"thresholds": []}, "shares in"),
+        ({"of": "latency"}, "unknown measure of SearchAndTrain 'latency'"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ConfigurationError, match=message):
+        searching(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"iterations": 3}, ConfigurationError, "3 subnets of 3 or more optimizer steps each do not fit into the 6"),
+        ({"at": 7}, ConfigurationError, "can never fire"),
+        ({"thresholds": [0.6, 0.8]}, BudgetError, "smallest subnet .* costs 6.* no more than 50.0%"),
+        ({"remove": 0.97}, BudgetError, "cannot remove 97.0 %"),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_first_step(arguments, kind, message):
+    module = small_net()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(kind, match=message):
+        fit(searching(**arguments), module=module)
+    assert equal(dict(module.state_dict()), before)
+
+
+def test_an_optimizer_that_computes_the_loss_again_is_refused():
+    class Newton(SmallNet):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters())
+
+    with pytest.raises(ConfigurationError, match="LBFGS"):
+        fit(searching(), module=Newton())

@@ -21,7 +21,7 @@ from lightning_prune.errors import ConfigurationError
 from lightning_prune.penalties import add_decay
 from lightning_prune.schedules import Linear, Position, Unit
 
-_SHUT, _LARGEST_DECAY = 0.05, 0.1
+_SHUT, _LARGEST_DECAY = 0.05, 0.01
 """Gate below which a unit goes for good; largest share of a weight that the penalty takes away in one step."""
 
 
@@ -43,7 +43,8 @@ class GrowAndPrune(PhasedPruning):
         of: What it is a fraction of: ``"macs"``, ``"params"``, or ``"channels"`` of the groups that may be pruned.
         expand: Factor by which groups grow; 1 prunes without growth.
         noise: How much copies differ in the weights that read them, relative to these; they add up to the same.
-        strength: Coefficient of the penalty; 0 for none.
+        strength: Weight decay by the penalty of the unit of median scale in each group; weaker ones have more. 0 for
+            none.
         start: Position of the first round, at which gates come into being.
         end: Position of the last round, at which they harden.
         interval: Distance of the rounds.
@@ -74,7 +75,7 @@ class GrowAndPrune(PhasedPruning):
         of: Literal["channels", "params", "macs"] = "macs",
         expand: float = 1.5,
         noise: float = 0.1,
-        strength: float = 5e-5,
+        strength: float = 5e-4,
         start: float = 0.1,
         end: float = 0.7,
         interval: float = 0.05,
@@ -144,7 +145,8 @@ class GrowAndPrune(PhasedPruning):
             self._gated.before_step(step.rates)
         ceiling = _LARGEST_DECAY / max([*step.rates.values(), torch.finfo(torch.float32).tiny])
         for name, group in step.groups.items():
-            add_decay(group, step, (self.strength / self.per_unit["scales"][name]).clamp_max(ceiling))
+            scales = self.per_unit["scales"][name]
+            add_decay(group, step, (self.strength * scales.median() / scales).clamp_max(ceiling))
 
     @override
     def after_step(self, network: Network, optimizer: Optimizer) -> None:

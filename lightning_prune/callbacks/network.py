@@ -252,7 +252,13 @@ class Network:
         self._cut.update(result.cuts)
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()
+        kept = {
+            **self.graph.widths,
+            **{name: int(torch.ones(self.graph.widths[name])[keep[name]].sum()) for name in keep},
+        }
         self._trace()
+        # What the smaller network does not let go any more is as wide as it was left.
+        self.whole.update({n: width for n, width in kept.items() if width > 1 and n not in self.graph.groups})
         return result
 
     def give_up(self, problem: ShrinkError) -> bool:

@@ -114,6 +114,7 @@ class WidthSearching(ChannelPruning):
         network, search, state = self._network, self.search, self.learnt.get("search")
         if network is None or search is None or not state or state["over"]:
             return False
+        state["epoch"] = min(state["epoch"], trainer.current_epoch)  # of a fit that was broken off, another begins at 0
         complete: bool = trainer.current_epoch - state["epoch"] >= search.cycle
         if complete:
             self._try(trainer, network, search, state)

@@ -20,10 +20,9 @@ class BudgetGates:
     """Turns scores into probabilities whose expected widths cost what is allowed.
 
     A unit of score s is open with the probability sigmoid(s - b); one threshold b for all is found by bisection, and
-    differentiated implicitly. What a
-    network of fractional widths would cost is interpolated: whole widths around them are passed through in the order of
-    their fractions, and each step counts with its fraction. That is exact at whole widths, continuous, and grows with
-    each width as the cost itself does.
+    differentiated implicitly. What a network of fractional widths would cost is interpolated: whole widths around them
+    are passed through in the order of their fractions, and each step counts with its fraction. That is exact at whole
+    widths, continuous, and grows with each width as the cost itself does.
 
     Args:
         cost: Cost of the network with given widths of every group; must not rise when a width falls.

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from lightning_prune import (
     ConfigurationError,
@@ -25,7 +25,7 @@ from lightning_prune import (
     WidthSearch,
 )
 from lightning_prune.callbacks.width_record import Trial, WidthRecord
-from tests.fits import equal, trainer
+from tests.fits import Resumable, equal, trainer
 
 SIMPLE = PatternMining(samples=256, min_samples=100, purity=0.9, min_support=0.02)
 
@@ -67,7 +67,7 @@ class Regression(Perceptron):
 
 def data(samples=256):
     inputs = torch.randn(samples, 4, generator=torch.Generator().manual_seed(0))
-    return DataLoader(TensorDataset(inputs, (inputs[:, 0] > 0).long()), 32)
+    return Resumable(TensorDataset(inputs, (inputs[:, 0] > 0).long()), 32)
 
 
 def fitted(module, callback, *more, epochs=3, ckpt_path=None, **arguments):
@@ -228,7 +228,7 @@ def test_the_search_goes_back_to_the_smallest_width_that_is_good_enough(tmp_path
     assert (tmp_path / "report.json").exists()
 
 
-@pytest.mark.parametrize("stopped", [2, 4, 5])
+@pytest.mark.parametrize("stopped", ["epoch=2", "epoch=5", "step=20"])  # the last in the middle of an epoch
 def test_a_search_that_was_stopped_goes_on_where_it_was(stopped, tmp_path):
     def fit(module, *more, **arguments):
         callback = DecisionPatternPruning(search=search(), mining=SIMPLE)
@@ -236,12 +236,14 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(stopped, tmp_path):
         return callback
 
     module, again = Perceptron(score=step_at(12)), Perceptron(score=step_at(12))
-    keeper = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    whole = fit(module, keeper, enable_checkpointing=True)
-    resumed = fit(again, ckpt_path=tmp_path / f"epoch={stopped}.ckpt")
+    steps = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=20, save_top_k=-1)
+    epochs = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    whole = fit(module, steps, epochs, enable_checkpointing=True)
+    resumed = fit(again, ckpt_path=tmp_path / f"{stopped}.ckpt")
     assert again.width == 13
     assert equal(again.state_dict(), module.state_dict())
     assert resumed.report.history == whole.report.history
+    assert resumed.report.requested == whole.report.requested
     assert resumed.widths_tried.chosen == 2
     found = [[(trial.units, trial.value) for trial in callback.widths_tried.trials] for callback in (whole, resumed)]
     assert found[0] == found[1]

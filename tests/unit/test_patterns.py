@@ -123,6 +123,28 @@ def test_a_pattern_covers_what_it_must():
         assert len(mine(signatures, predictions, PatternMining(8, 1, min_support=support))) == count
 
 
+def test_patterns_are_what_they_say_and_none_of_their_units_is_needless():
+    generator = torch.Generator().manual_seed(0)
+    signatures = torch.rand(2000, 10, generator=generator) < 0.4
+    predictions = (signatures[:, :4].long() * torch.tensor([1, 1, 2, 2])).sum(1)
+    predictions = predictions.where(torch.rand(2000, generator=generator) > 0.02, 0)
+    how = PatternMining(purity=0.95, min_support=0.01)
+    patterns = mine(signatures, predictions, how)
+    assert len(patterns) > 5
+
+    def covered(literals):
+        return torch.stack([signatures[:, unit] == on for unit, on in literals]).all(0)
+
+    for pattern in patterns:
+        found = predictions[covered(pattern.literals)] == pattern.predicted
+        assert (pattern.support, pattern.confidence) == (len(found), pytest.approx(float(found.double().mean())))
+        assert pattern.confidence >= 0.95
+        assert pattern.support >= 20
+        for needless in pattern.literals:
+            rest = [literal for literal in pattern.literals if literal != needless]
+            assert not rest or float((predictions[covered(rest)] == pattern.predicted).double().mean()) < 0.95
+
+
 def test_what_is_always_predicted_needs_no_pattern():
     assert mine(on("01", "10", "11"), torch.tensor([4, 4, 4]), FEW) == []
 

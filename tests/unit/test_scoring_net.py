@@ -415,11 +415,11 @@ class Perceptron(L.LightningModule):
 
 def test_useless_channels_score_below_useful_ones():
     torch.manual_seed(0)
-    watched = Watched()
-    stages = [Stage(watched, "adam", lr=0.003, steps=60), Stage("commit", steps=3)]
-    callback = ScoringNetPruning(0.5, "channels", stages=stages, batches=2, shrink="never", rescale=False)
+    start, end = Watched(noisy=False), Watched(noisy=False)
+    stages = [Stage(start, lr=1e-6, steps=1), Stage("task", lr=0.003, steps=60), Stage("commit", steps=10)]
+    callback = scoring(stages=[*stages, Stage(end, lr=1e-6, steps=1)], batches=2, shrink="never", rescale=False)
     fit(callback, module=Perceptron().plant(), data=Perceptron.loader(), epochs=1)
-    first, last = (watched.steps[number].scores["hidden"].detach() for number in (0, -1))
+    first, last = (watched.steps[0].scores["hidden"].detach() for watched in (start, end))
     assert float(first[:4].min()) < float(first[4:].max())  # it did not know
     assert float(last[:4].min()) > float(last[4:].max())
     assert callback._record["masks"]["hidden"].tolist() == [True] * 4 + [False] * 4

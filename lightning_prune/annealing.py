@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
-
-from lightning_prune.effective import ChannelGates, EffectiveWeights
-from lightning_prune.errors import ConfigurationError
-from lightning_prune.graph.channels import ChannelGroup
 
 _REACH = 40.0
 """Temperatures beyond the last unit at which all gates are shut, or open, to the last bit that matters."""
@@ -244,77 +239,3 @@ def falling(start: float, end: float, progress: float) -> float:
         30.0
     """
     return end + (start - end) * (1 - progress) ** 3
-
-
-class GatedTraining:
-    """Channels behind gates, while optimizers move the weights behind them.
-
-    The network's own tensors hold weights times gates, except in the step of an optimizer.
-
-    Args:
-        groups: The gated groups.
-        tensors: Parameters and buffers of the network by full name.
-        gates: Gates of shape ``[units]`` by group name.
-        dense: The weights behind the gates, where they are not what the tensors hold now.
-
-    Example:
-        >>> from lightning_prune.graph.channels import Slot
-        >>> reads = Slot("fc.weight", 1, torch.arange(2)[:, None], "consumer")
-        >>> weight = torch.nn.Parameter(torch.tensor([[4.0, 2.0]]))
-        >>> group = ChannelGroup("conv", (reads,), (reads,))
-        >>> gated = GatedTraining([group], {"fc.weight": weight}, {"conv": torch.tensor([0.5, 1.0])})
-        >>> weight.tolist()
-        [[2.0, 2.0]]
-        >>> weight.sum().backward()
-        >>> gated.before_step(["fc.weight"])
-        >>> weight.tolist(), weight.grad.tolist()
-        ([[4.0, 2.0]], [[0.5, 1.0]])
-    """
-
-    def __init__(
-        self,
-        groups: Iterable[ChannelGroup],
-        tensors: Mapping[str, Tensor],
-        gates: Mapping[str, Tensor],
-        dense: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        channels = ChannelGates(groups, tensors)
-        self._tensors = {name: tensors[name] for name in channels.names}
-        self._effective = EffectiveWeights(self._tensors, dense)
-        self._factors = channels.factors(gates)
-        self._effective.place(self._factors)
-
-    @staticmethod
-    def check(optimizers: Iterable[Optimizer]) -> None:
-        """Refuse optimizers that cannot move weights behind gates.
-
-        Raises:
-            ConfigurationError: If there is one among them.
-        """
-        if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
-            raise ConfigurationError(
-                "LBFGS computes the loss again in the middle of its step, when no gate is in place, so channels cannot "
-                "be trained under gates with it. Use an optimizer that computes it once, such as SGD."
-            )
-
-    @property
-    def dense(self) -> dict[str, Tensor]:
-        """The weights behind the gates, by full name."""
-        return self._effective.dense
-
-    def before_step(self, moved: Collection[str]) -> None:
-        """Hand an optimizer the weights behind the gates, and the gradients at those that it moves."""
-        for name in self._factors.keys() & set(moved):
-            gradient = self._tensors[name].grad
-            if gradient is not None:
-                gradient.mul_(self._factors[name])
-        self.open()
-
-    def after_step(self) -> None:
-        """Take what the optimizer has made of them, and put the gates before it."""
-        self._effective.take_over()
-        self._effective.place(self._factors)
-
-    def open(self) -> None:
-        """Have the network's tensors hold the weights behind the gates."""
-        self._effective.place_dense()

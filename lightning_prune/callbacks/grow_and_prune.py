@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_prune.annealing import GatedTraining, annealed, best, falling, gaussian_scales, weighed
+from lightning_prune.annealing import annealed, best, falling, gaussian_scales, weighed
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.phases import PhasedPruning
 from lightning_prune.callbacks.widening import grow
 from lightning_prune.choices import unknown_name
 from lightning_prune.criteria.base import WEIGHT_ROLES, entries
 from lightning_prune.errors import ConfigurationError
+from lightning_prune.gated_training import GatedTraining, refuse_repeated_losses
 from lightning_prune.penalties import add_decay
 from lightning_prune.schedules import Linear, Position, Unit
 
@@ -120,7 +121,7 @@ class GrowAndPrune(PhasedPruning):
 
     @override
     def prepare(self, network: Network) -> None:
-        GatedTraining.check(network.optimizers)
+        refuse_repeated_losses(network.optimizers, type(self).__name__)
         super().prepare(network)
         if self.expand > 1:
             grow(network, self._eligible(network), self.expand, self.noise, self.generator("growth"))

@@ -6,13 +6,13 @@ from abc import abstractmethod
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.weights import WeightPruning
 from lightning_prune.effective import EffectiveWeights
-from lightning_prune.errors import ConfigurationError
+from lightning_prune.gated_training import refuse_repeated_losses
 
 Tensors = dict[str, Tensor]
 
@@ -49,11 +49,7 @@ class RevivablePruning(WeightPruning):
     @override
     def resume(self, network: Network) -> None:
         super().resume(network)
-        if any(isinstance(optimizer, LBFGS) for optimizer in network.optimizers):
-            raise ConfigurationError(
-                f"LBFGS computes the loss again in the middle of its step, when no weight is masked, so "
-                f"{type(self).__name__} cannot work with it. Use an optimizer that computes it once, such as SGD."
-            )
+        refuse_repeated_losses(network.optimizers, type(self).__name__)
         self._effective = self._behind_masks(network) if "dense" in self.learnt else None
 
     @override

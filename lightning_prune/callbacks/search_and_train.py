@@ -15,9 +15,10 @@ from typing_extensions import override
 from lightning_prune.callbacks.base import Shrink
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.phases import PhasedPruning
-from lightning_prune.callbacks.subnets import SubnetTraining, refuse_repeated_losses
+from lightning_prune.callbacks.subnets import SubnetTraining
 from lightning_prune.choices import unknown_name
 from lightning_prune.errors import ConfigurationError
+from lightning_prune.gated_training import moved_by, refuse_repeated_losses
 from lightning_prune.graph.channels import ChannelGroup
 from lightning_prune.schedules import OneShot, Position, Unit
 from lightning_prune.subnet_search import SubnetSearch, thresholds_for
@@ -123,7 +124,7 @@ class SearchAndTrain(PhasedPruning):
 
     @override
     def resume(self, network: Network) -> None:
-        refuse_repeated_losses(network)
+        refuse_repeated_losses(network.optimizers, type(self).__name__)
         if self.under_way(network):
             alpha, keep, state = self.per_unit["alpha"], self.per_unit["keep"], self.learnt["search"]
             rates = self.alpha_lr, self.threshold_lr
@@ -154,9 +155,9 @@ class SearchAndTrain(PhasedPruning):
         if self._subnet is None:
             return
         if self.learnt["count"] % self.alpha_every:
-            self._subnet.before_step()
+            self._subnet.before_step(moved_by(optimizer, network.tensors))
         else:
-            self._search.step(self._subnet.slopes(optimizer))
+            self._search.step(self._subnet.slopes(moved_by(optimizer, network.tensors)))
             self._subnet.enter(self._search.gates())
             optimizer.zero_grad(set_to_none=True)
 
@@ -186,7 +187,7 @@ class SearchAndTrain(PhasedPruning):
     def _open(self, network: Network) -> SubnetTraining:
         """Begin to train subnets, or go on with it."""
         self.always_finishes = True  # from now on the network is not whole if the fit is stopped
-        self._subnet = SubnetTraining(self._groups(network), network, self.learnt.get("dense"))
+        self._subnet = SubnetTraining(self._groups(network), network.tensors, self.learnt.get("dense"))
         self.learnt["dense"] = self._subnet.dense
         return self._subnet
 

@@ -6,13 +6,12 @@ from abc import abstractmethod
 from collections.abc import Mapping
 
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.callbacks.handing_over import HandingOver
 from lightning_prune.callbacks.network import Network
-from lightning_prune.effective import ChannelGates, EffectiveWeights
-from lightning_prune.errors import ConfigurationError
+from lightning_prune.gated_training import GatedTraining, moved_by, refuse_repeated_losses
 from lightning_prune.schedules import Position
 
 
@@ -23,8 +22,7 @@ class SoftExit(HandingOver):
     as they are, so that nothing jumps but what it removes.
     """
 
-    _effective: EffectiveWeights | None = None
-    _factors: Mapping[str, Tensor] = {}
+    _gated: GatedTraining | None = None
     _step: float = -1.0
 
     @abstractmethod
@@ -43,12 +41,9 @@ class SoftExit(HandingOver):
     @override
     def resume(self, network: Network) -> None:
         super().resume(network)
-        if self.fades and any(isinstance(optimizer, LBFGS) for optimizer in network.optimizers):
-            raise ConfigurationError(
-                f"LBFGS computes the loss again in the middle of its step, when no gate is in place, so "
-                f"{type(self).__name__} cannot fade channels out with it. Use soft=False, or another optimizer."
-            )
-        self._effective, self._step = None, -1.0
+        if self.fades:
+            refuse_repeated_losses(network.optimizers, f"{type(self).__name__} with soft=True")
+        self._gated, self._step = None, -1.0
 
     @override
     def before_batch(self, network: Network, position: Position) -> None:
@@ -59,35 +54,26 @@ class SoftExit(HandingOver):
         gates = {name: gate for name, gate in self.gates(position).items() if name in network.graph.groups}
         if not gates:
             return
-        gated = ChannelGates([network.graph.groups[name] for name in gates], network.tensors)
-        if self._effective is None:
-            tensors = {name: network.tensors[name] for name in gated.names}
-            self._effective = EffectiveWeights(tensors, self.learnt.get("dense"))
-            self.learnt["dense"] = self._effective.dense
-        self._factors = gated.factors(gates)
-        self._effective.place(self._factors)
+        if self._gated is None:
+            groups = [network.graph.groups[name] for name in gates]
+            self._gated = GatedTraining(groups, network.tensors, dense=self.learnt.get("dense"))
+            self.learnt["dense"] = self._gated.dense
+        self._gated.enter(gates)
 
     @override
     def before_step(self, network: Network, optimizer: Optimizer) -> None:
         super().before_step(network, optimizer)
-        if self._effective is None:
-            return
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for name, factor in self._factors.items():
-            parameter = network.tensors[name]
-            if id(parameter) in held and parameter.grad is not None:
-                parameter.grad.mul_(factor)
-        self._effective.place_dense()
+        if self._gated is not None:
+            self._gated.before_step(moved_by(optimizer, network.tensors))
 
     @override
     def after_step(self, network: Network, optimizer: Optimizer) -> None:
         super().after_step(network, optimizer)
-        if self._effective is not None:
-            self._effective.take_over()
-            self._effective.place(self._factors)
+        if self._gated is not None:
+            self._gated.after_step()
 
     @override
     def carry_out(self, network: Network, level: float) -> None:
-        self._effective = None
+        self._gated = None
         self.learnt.pop("dense", None)
         super().carry_out(network, level)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from lightning_prune.annealing import (
-    GatedTraining,
     Mixture,
     annealed,
     best,
@@ -21,8 +20,6 @@ from lightning_prune.annealing import (
     threshold_for,
     weighed,
 )
-from lightning_prune.errors import ConfigurationError
-from lightning_prune.graph.channels import ChannelGroup, Slot
 
 
 def doubles(*values):
@@ -142,41 +139,3 @@ class TestGates:
 
     def test_the_best_are_kept(self):
         assert best(doubles(-math.inf, 2, 2, 5), 2).tolist() == [False, True, False, True]
-
-
-class TestGatedTraining:
-    def gated(self, weight, gates, dense=None):
-        reads = Slot("fc.weight", 1, torch.arange(2)[:, None], "consumer")
-        group = ChannelGroup("conv", (reads,), (reads,))
-        return GatedTraining([group], {"fc.weight": weight}, {"conv": gates}, dense)
-
-    def test_the_optimizer_moves_what_is_behind_the_gates(self):
-        weight = torch.nn.Parameter(torch.tensor([[4.0, 2.0]]))
-        gated = self.gated(weight, torch.tensor([0.5, 1.0]))
-        assert weight.tolist() == [[2.0, 2.0]]
-        (3 * weight).sum().backward()
-        gated.before_step(["fc.weight"])
-        torch.optim.SGD([weight], lr=0.1).step()
-        gated.after_step()
-        # 4 - 0.1 * 3 * 0.5 and 2 - 0.1 * 3
-        assert torch.allclose(gated.dense["fc.weight"], torch.tensor([[3.85, 1.7]]))
-        assert torch.allclose(weight, torch.tensor([[1.925, 1.7]]))
-        assert torch.allclose(weight.grad, torch.tensor([[1.5, 3.0]]))
-
-    def test_gradients_of_another_optimizer_are_left_alone(self):
-        weight = torch.nn.Parameter(torch.tensor([[4.0, 2.0]]))
-        gated = self.gated(weight, torch.tensor([0.5, 1.0]))
-        weight.sum().backward()
-        gated.before_step([])
-        assert weight.grad.tolist() == [[1.0, 1.0]]
-
-    def test_goes_on_with_what_was_behind_the_gates(self):
-        weight = torch.nn.Parameter(torch.tensor([[2.0, 2.0]]))
-        gated = self.gated(weight, torch.tensor([0.5, 1.0]), {"fc.weight": torch.tensor([[8.0, 2.0]])})
-        assert weight.tolist() == [[4.0, 2.0]]
-        gated.open()
-        assert weight.tolist() == [[8.0, 2.0]]
-
-    def test_optimizers_that_compute_the_loss_again_are_refused(self):
-        with pytest.raises(ConfigurationError, match="LBFGS computes the loss again"):
-            GatedTraining.check([torch.optim.LBFGS([torch.zeros(1, requires_grad=True)])])

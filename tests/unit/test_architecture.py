@@ -17,8 +17,19 @@ FLOORS = [
     {"graph"},
     {"surgery"},
     {"masks", "weight_masks", "criteria", "budget", "weight_budget", "schedules", "reinit", "cost", "report"}
-    | {"annealing", "bayes", "buckets", "distillation", "effective", "growth", "lion", "patterns", "penalties"}
-    | {"projection", "reparameterise", "scoring", "search", "subnet_search", "threshold_net"},
+    | {
+        "annealing",
+        "bayes",
+        "buckets",
+        "distillation",
+        "effective",
+        "gated_training",
+        "growth",
+        "lion",
+        "patterns",
+        "penalties",
+    }
+    | {"penalties", "projection", "reparameterise", "scoring", "search", "subnet_search", "threshold_net"},
     {"probe", "checkpoint", "callbacks", "datamodules", "export", "recipes"},
     {"lightning_cli", "demo", "cli", "__init__", "__main__"},
 ]

@@ -239,7 +239,7 @@ def test_lbfgs_is_refused_where_something_fades():
         def configure_optimizers(self):
             return torch.optim.LBFGS(self.parameters())
 
-    with pytest.raises(ConfigurationError, match="soft=False"):
+    with pytest.raises(ConfigurationError, match="with soft=True cannot"):
         fit(bayesian(), module=Twice())
 
 

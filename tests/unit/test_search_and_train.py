@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -98,10 +97,10 @@ def test_a_step_moves_the_weights_behind_the_subnet_by_their_own_gradients():
     hidden = torch.tanh(inputs @ before["0.weight"].T + before["0.bias"])
     (hidden @ (before["2.weight"] * gates).T + before["2.bias"]).square().sum().backward()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=0.1)
-    subnet = SubnetTraining(groups, SimpleNamespace(tensors=dict(model.named_parameters())))
+    subnet = SubnetTraining(groups, dict(model.named_parameters()))
     subnet.enter({name: gates for name in groups})
     model(inputs).square().sum().backward()
-    subnet.before_step()
+    subnet.before_step(dict(model.named_parameters()))
     optimizer.step()
     subnet.after_step()
     moved = {name: (value - 0.01 * (value.grad + 0.1 * value)).detach() for name, value in before.items()}

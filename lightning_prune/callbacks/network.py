@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from lightning_prune.report import Totals
 from lightning_prune.surgery import Shrunk, keep_whole, resized, shrink, trace_programs
 from lightning_prune.surgery.attributes import integer_settings, write_settings
 from lightning_prune.surgery.resize import read, resize
+from lightning_prune.surgery.symbols import Setting
 from lightning_prune.weight_masks import WeightMasks
 
 
@@ -247,19 +248,27 @@ class Network:
             write_settings(copy, result.settings)
         self.weights.cut(result.cuts)
         self.origin.update({n: read(self.origin[n], axes) for n, axes in result.cuts.items() if n in self.origin})
-        self._settings.update(result.settings)
-        self._original_settings = {**{s: before[s] for s in result.settings}, **self._original_settings}
-        self._cut.update(result.cuts)
-        if "torch._dynamo" in sys.modules:
-            torch._dynamo.reset()
-        kept = {
-            **self.graph.widths,
-            **{name: int(torch.ones(self.graph.widths[name])[keep[name]].sum()) for name in keep},
-        }
-        self._trace()
+        kept = self.graph.widths
+        kept.update({name: int(torch.ones(kept[name])[units].sum()) for name, units in keep.items()})
+        self.follow_resize(before, result.settings, result.cuts)
         # What the smaller network does not let go any more is as wide as it was left.
         self.whole.update({n: width for n, width in kept.items() if width > 1 and n not in self.graph.groups})
         return result
+
+    def follow_resize(self, before: Mapping[Setting, int], settings: Mapping[Setting, int], cut: Iterable[str]) -> None:
+        """Take note of a resize of the module, and trace it again.
+
+        Args:
+            before: All integer settings of its modules as they were before.
+            settings: Those that were changed, as they are now.
+            cut: Names of the tensors that were resized.
+        """
+        self._settings.update(settings)
+        self._original_settings = {**{s: before[s] for s in settings}, **self._original_settings}
+        self._cut.update(cut)
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
+        self._trace()
 
     def give_up(self, problem: ShrinkError) -> bool:
         """From now on keep the groups whole that could not be cut; returns whether there are any."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 
 import torch
@@ -49,10 +48,5 @@ def grow(network: Network, names: Iterable[str], expand: float, noise: float, ge
     for copy in shadows(network.module):
         result.widening.apply({**named_leaves(copy), **loose_tensors(copy)}, 0.0, generator)
         write_settings(copy, result.settings)
-    network._settings.update(result.settings)
-    network._original_settings = {**{s: before[s] for s in result.settings}, **network._original_settings}
-    network._cut.update(result.widening.cuts)
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
-    network._trace()
+    network.follow_resize(before, result.settings, result.widening.cuts)
     return grown

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_prune.probe.backward import LocalBackward
 from lightning_prune.probe.data import NoBatchError, fresh_batches
-from lightning_prune.probe.probe import SEED, Probe
+from lightning_prune.probe.probe import Probe
+from lightning_prune.probe.runs import SEED
 
 _WHOLE_EPOCH = 2**62
 _END = object()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from lightning_prune import ChannelPruning, OneShot
+from lightning_prune import ChannelPruning, OneShot, shrink, trace
 
 CLASSES = 10
 Widths = Mapping[str, tuple[int, int]]
@@ -110,11 +110,13 @@ class Variant:
         name: What the table calls it.
         callbacks: The callbacks for a module.
         small: Whether the network is built small from the start.
+        after_another: Whether another network of full width is traced and cut in the process before, and forgotten.
     """
 
     name: str
     callbacks: Callable[[Classifier], list[L.Callback]]
     small: bool = False
+    after_another: bool = False
 
 
 VARIANTS = {
@@ -133,6 +135,7 @@ VARIANTS = {
     "group_norm": Variant("Torch-Pruning, GroupNormPruner", lambda module: [Regularise("GroupNormPruner")]),
     "shrunk": Variant("lightning-prune, shrunk in the fit", lambda module: [channel_pruning("rounds")]),
     "small": Variant("built small, no callback", lambda module: [], small=True),
+    "after": Variant("built small, after another network was cut", lambda module: [], small=True, after_another=True),
 }
 
 
@@ -144,6 +147,8 @@ def fit(
     variant: Variant, widths: Widths, epochs: int, steps: int, batch_size: int, *callbacks: L.Callback
 ) -> Classifier:
     """Train; the given callbacks come last."""
+    if variant.after_another:
+        cut_another(batch_size)
     torch.manual_seed(0)
     module = Classifier(widths if variant.small else None)
     data = DataLoader([images(batch_size) for _ in range(steps)], batch_size=None)
@@ -158,6 +163,13 @@ def fit(
     )
     trainer.fit(module, data)
     return module
+
+
+def cut_another(batch_size: int) -> None:
+    """Trace and halve a ResNet-18, of which nothing stays but what libraries keep once they have been used."""
+    network = torchvision.models.resnet18(num_classes=CLASSES)
+    graph = trace(network, images(batch_size)[0])
+    shrink(network, graph, {name: torch.arange(group.width // 2) for name, group in graph.groups.items()})
 
 
 def shrunk_widths(batch_size: int) -> dict[str, tuple[int, int]]:

@@ -202,7 +202,7 @@ class Runs:
                 parameter.requires_grad_(True)
             returned = self._training_step(copied(batch))
             if self._module.automatic_optimization:
-                torch.autograd.backward(self._loss_of(returned))
+                self._loss_of(returned).backward()
             found = {name: record.stepped.get(p, p.grad) for name, p in wanted.items()}
             if all(gradient is None for gradient in found.values()):
                 raise PruneError(

@@ -25,9 +25,10 @@ def test_the_nearest_point_of_the_budget_is_found(seed, budget):
         lambda m: ((m - goal) ** 2).sum(), start, jac=lambda m: 2 * (m - goal), bounds=[(0, 1)] * len(goal),
         constraints=limits, method="SLSQP", options={"ftol": 1e-14, "maxiter": 500},
     )  # fmt: skip
-    assert solved.success
     found = euclidean(values, budget)
-    assert found.numpy() == pytest.approx(solved.x, abs=1e-6)
+    distance = float((found - values).square().sum())
+    assert distance <= solved.fun + 1e-7  # older solvers stop a little early, and say so
+    assert found.numpy() == pytest.approx(solved.x, abs=1e-6 if solved.success else 1e-3)
     assert float(found.sum()) <= budget + 1e-6
 
 

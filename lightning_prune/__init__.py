@@ -4,6 +4,7 @@ from lightning_prune.__about__ import __version__
 from lightning_prune.budget import Limits
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.bayesian import BayesianPruning
+from lightning_prune.callbacks.channel_tickets import ChannelLotteryTicket
 from lightning_prune.callbacks.channels import ChannelPruning
 from lightning_prune.callbacks.decision_patterns import DecisionPatternPruning
 from lightning_prune.callbacks.distillation import Distillation
@@ -14,14 +15,15 @@ from lightning_prune.callbacks.grow_and_prune import GrowAndPrune
 from lightning_prune.callbacks.growing_regularisation import GReg
 from lightning_prune.callbacks.prob_mask import ProbMask
 from lightning_prune.callbacks.regularised import RegularisedPruning
+from lightning_prune.callbacks.rigl import RigL
 from lightning_prune.callbacks.scoring_net import ScoringNetPruning
 from lightning_prune.callbacks.search_and_train import SearchAndTrain
 from lightning_prune.callbacks.small_weights import SmallWeightSearch
 from lightning_prune.callbacks.soft_filters import SoftFilterPruning
 from lightning_prune.callbacks.sparse_binary_mask import SparseBinaryMask
-from lightning_prune.callbacks.sparse_training import SET, RigL
+from lightning_prune.callbacks.sparse_training import SET
 from lightning_prune.callbacks.supermask import Supermask
-from lightning_prune.callbacks.tickets import ChannelLotteryTicket, LotteryTicket
+from lightning_prune.callbacks.tickets import LotteryTicket
 from lightning_prune.callbacks.weights import WeightPruning
 from lightning_prune.callbacks.width_record import WidthSearch
 from lightning_prune.checkpoint import load_pruned

@@ -32,14 +32,9 @@ class EdgePopup(RandomNetwork):
         lr: Its learning rate at the start of the fit.
         momentum: Momentum of ``"sgd"``.
         weight_decay: Weight decay of the scores.
-        include: As for :class:`~lightning_prune.WeightPruning`; the weights of all others are frozen as they are.
-        exclude: As for :class:`~lightning_prune.WeightPruning`.
-        floor: As for :class:`~lightning_prune.WeightPruning`.
-        shrink: As for :class:`~lightning_prune.WeightPruning`.
-        verify: As for :class:`~lightning_prune.WeightPruning`.
-        recalibrate: Number of batches to re-estimate batch-norm statistics on at the end; 0 leaves them.
+        include, exclude: As for :class:`~lightning_prune.WeightPruning`; all others are frozen as they are.
+        floor, shrink, verify, recalibrate, directory: As for :class:`~lightning_prune.WeightPruning`.
         seed: Seed of the weights and the scores.
-        directory: As for :class:`~lightning_prune.ChannelPruning`.
 
     Raises:
         ConfigurationError: If an argument is wrong, or the fit has no end.
@@ -61,15 +56,10 @@ class EdgePopup(RandomNetwork):
         lr: float = 0.1,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
-        floor: Union[int, float] = 0.001,  # noqa: UP007
-        shrink: Literal["end", "never"] = "end",
-        verify: bool = True,
-        recalibrate: int = 0,
-        seed: int = 0,
-        directory: str | None = None,
-    ) -> None:
+        include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
+        floor: Union[int, float] = 0.001, shrink: Literal["end", "never"] = "end", verify: bool = True,  # noqa: UP007
+        recalibrate: int = 0, seed: int = 0, directory: str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(
             remove, scope, init, optimizer, lr, momentum, weight_decay, include, exclude, floor, shrink, verify,
             recalibrate, seed, directory,

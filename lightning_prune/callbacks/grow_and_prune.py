@@ -52,9 +52,8 @@ class GrowAndPrune(PhasedPruning):
         unit: Of these three: ``"fraction"`` of the fit, ``"epoch"`` or ``"step"``.
         include: This and all others: as for :class:`~lightning_prune.ChannelPruning`; what stays whole does not grow.
         exclude: Channels that stay.
-        round_to: Widths become multiples of this.
+        round_to, shrink: As for :class:`~lightning_prune.ChannelPruning`.
         min_channels: Fewest channels of a group, as a number or a share of the original width.
-        shrink: When channels are removed physically.
         seed: Of the growth.
         directory: Where the checkpoint and the report are written.
 
@@ -74,8 +73,7 @@ class GrowAndPrune(PhasedPruning):
         self,
         remove: float = 0.7,
         of: Literal["channels", "params", "macs"] = "macs",
-        expand: float = 1.5,
-        noise: float = 0.1,
+        expand: float = 1.5, noise: float = 0.1,
         strength: float = 5e-4,
         start: float = 0.1,
         end: float = 0.7,
@@ -88,7 +86,7 @@ class GrowAndPrune(PhasedPruning):
         shrink: Literal["rounds", "end"] = "rounds",
         seed: int = 0,
         directory: str | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(
             remove=remove, of=of, schedule=Linear(start, end, interval, unit), include=include, exclude=exclude,
             round_to=round_to, min_channels=min_channels, shrink=shrink, seed=seed, directory=directory,

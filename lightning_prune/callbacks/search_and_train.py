@@ -126,8 +126,8 @@ class SearchAndTrain(PhasedPruning):
     def resume(self, network: Network) -> None:
         refuse_repeated_losses(network.optimizers, type(self).__name__)
         if self.under_way(network):
-            alpha, keep, state = self.per_unit["alpha"], self.per_unit["keep"], self.learnt["search"]
-            rates = self.alpha_lr, self.threshold_lr
+            state, rates = self.learnt["search"], (self.alpha_lr, self.threshold_lr)
+            alpha, keep = self.per_unit["alpha"], self.per_unit["keep"]
             self._search = SubnetSearch(alpha, keep, state, *rates, self.variance, self.seed)
             if "dense" in self.learnt:
                 self._open(network).enter(self._search.gates())
@@ -138,7 +138,6 @@ class SearchAndTrain(PhasedPruning):
         if share < 0 or not self.under_way(network):
             return
         subnet = self._subnet or self._open(network)
-        subnet.after_step()
         iteration = min(math.floor(share * self.iterations + 1e-9), self.iterations - 1)
         if iteration != self.learnt["iteration"]:
             if self._search.keep:

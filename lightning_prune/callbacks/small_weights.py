@@ -39,17 +39,8 @@ class SmallWeightSearch(WeightPruning):
         batches: Number of batches to look at the loss of.
         sweeps: Exchanges to try afterwards.
         schedule: As for :class:`~lightning_prune.WeightPruning`; several rounds make a ladder of sparsities.
-        scope: As for :class:`~lightning_prune.WeightPruning`.
-        include: As for :class:`~lightning_prune.WeightPruning`.
-        exclude: As for :class:`~lightning_prune.WeightPruning`.
-        floor: As for :class:`~lightning_prune.WeightPruning`.
-        reinit: As for :class:`~lightning_prune.WeightPruning`.
-        shrink: As for :class:`~lightning_prune.WeightPruning`.
-        verify: As for :class:`~lightning_prune.WeightPruning`.
-        recalibrate: As for :class:`~lightning_prune.WeightPruning`.
-        seed: As for :class:`~lightning_prune.WeightPruning`.
-        directory: As for :class:`~lightning_prune.WeightPruning`.
-        early_stopping: As for :class:`~lightning_prune.WeightPruning`.
+        scope, include, exclude, floor, reinit, shrink, verify, recalibrate, seed, directory, early_stopping: As for
+            :class:`~lightning_prune.WeightPruning`.
 
     Raises:
         ConfigurationError: If an argument is wrong, or can have no effect in this fit.
@@ -65,32 +56,23 @@ class SmallWeightSearch(WeightPruning):
 
     def __init__(
         self,
-        remove: float = 0.9,
-        small_fraction: float = 0.3,
+        remove: float = 0.9, small_fraction: float = 0.3,
         optimizer: Union[SearchName, Search, None] = "genetic",  # noqa: UP007
-        batches: int = 16,
-        sweeps: int = 20,
+        batches: int = 16, sweeps: int = 20,
         schedule: Union[ScheduleName, Schedule] = "one_shot",  # noqa: UP007
-        scope: Scope = "global",
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
-        floor: Union[int, float] = 0.001,  # noqa: UP007
-        reinit: Union[ReinitName, Reinit] = "keep",  # noqa: UP007
-        shrink: Literal["end", "never"] = "end",
-        verify: bool = True,
-        recalibrate: int = 0,
-        seed: int = 0,
-        directory: str | None = None,
-        early_stopping: EarlyStoppingChoice = "keep",
-    ) -> None:
+        scope: Scope = "global", include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
+        floor: Union[int, float] = 0.001, reinit: Union[ReinitName, Reinit] = "keep",  # noqa: UP007
+        shrink: Literal["end", "never"] = "end", verify: bool = True, recalibrate: int = 0, seed: int = 0,
+        directory: str | None = None, early_stopping: EarlyStoppingChoice = "keep",
+    ) -> None:  # fmt: skip
         super().__init__(
             "magnitude", remove, schedule, scope, include, exclude, floor, None, reinit, shrink, verify, recalibrate,
             seed, directory, early_stopping,
         )  # fmt: skip
         if not 0 <= small_fraction <= 1 or batches < 1 or sweeps < 0:
+            given = f"{small_fraction}, {batches} and {sweeps}"
             raise ConfigurationError(
-                f"small_fraction must lie in [0, 1], batches be at least 1 and sweeps at least 0, but they are "
-                f"{small_fraction}, {batches} and {sweeps}."
+                f"small_fraction must lie in [0, 1], batches be at least 1 and sweeps at least 0, but they are {given}."
             )
         self.small_fraction, self.optimizer, self.batches, self.sweeps = small_fraction, optimizer, batches, sweeps
         self._search = None if optimizer is None else search_from(optimizer)
@@ -109,10 +91,8 @@ class SmallWeightSearch(WeightPruning):
         sets = SmallWeights(sizes, trial.gains(largest), largest, network.weights.keep, self.small_fraction)
         picked = largest
         if self._search is not None:
-            found = self._search.minimise(
-                lambda point: trial.loss(allowed(sets.chosen(point))),
-                sets.starts, sets.lower, sets.upper, self.generator("search"),
-            )  # fmt: skip
+            loss, draw = lambda point: trial.loss(allowed(sets.chosen(point))), self.generator("search")
+            found = self._search.minimise(loss, sets.starts, sets.lower, sets.upper, draw)
             picked = allowed(sets.chosen(found.point))
         picked = sets.refined(picked, self.sweeps, trial.gains, trial.loss, allowed)
         network.weights.set(network.broadcast(picked), network.tensors)

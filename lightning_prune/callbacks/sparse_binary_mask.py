@@ -42,14 +42,9 @@ class SparseBinaryMask(RandomNetwork):
         temperature: Temperatures of the mask at the start of the fit and at the end of the annealing.
         anneal: Share of the fit after which the mask is binary, in (0, 1].
         variance_match: Whether relaxed masks are scaled as above.
-        include: As for :class:`~lightning_prune.WeightPruning`; the weights of all others are frozen as they are.
-        exclude: As for :class:`~lightning_prune.WeightPruning`.
-        floor: As for :class:`~lightning_prune.WeightPruning`.
-        shrink: As for :class:`~lightning_prune.WeightPruning`.
-        verify: As for :class:`~lightning_prune.WeightPruning`.
-        recalibrate: Number of batches to re-estimate batch-norm statistics on at the end; 0 leaves them.
+        include, exclude: As for :class:`~lightning_prune.WeightPruning`; all others are frozen as they are.
+        floor, shrink, verify, recalibrate, directory: As for :class:`~lightning_prune.WeightPruning`.
         seed: Seed of the weights and the scores.
-        directory: As for :class:`~lightning_prune.ChannelPruning`.
 
     Raises:
         ConfigurationError: If an argument is wrong, or the fit has no end.
@@ -68,21 +63,12 @@ class SparseBinaryMask(RandomNetwork):
         scope: Scope = "layer",
         init: Init = "kaiming_normal",
         forward: Literal["anneal", "binary"] = "anneal",
-        optimizer: Step = "sgd",
-        lr: float = 10.0,
-        momentum: float = 0.9,
-        temperature: tuple[float, float] = (1.0, 0.05),
-        anneal: float = 0.8,
-        variance_match: bool = True,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
-        floor: Union[int, float] = 0.001,  # noqa: UP007
-        shrink: Literal["end", "never"] = "end",
-        verify: bool = True,
-        recalibrate: int = 0,
-        seed: int = 0,
-        directory: str | None = None,
-    ) -> None:
+        optimizer: Step = "sgd", lr: float = 10.0, momentum: float = 0.9,
+        temperature: tuple[float, float] = (1.0, 0.05), anneal: float = 0.8, variance_match: bool = True,
+        include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
+        floor: Union[int, float] = 0.001, shrink: Literal["end", "never"] = "end", verify: bool = True,  # noqa: UP007
+        recalibrate: int = 0, seed: int = 0, directory: str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(
             remove, scope, init, optimizer, lr, momentum, 0.0, include, exclude, floor, shrink, verify, recalibrate,
             seed, directory,
@@ -91,10 +77,8 @@ class SparseBinaryMask(RandomNetwork):
             raise ConfigurationError(f"temperature must fall to a number above 0, but is {temperature}.")
         if not 0 < anneal <= 1:
             raise ConfigurationError(f"anneal is a share of the fit in (0, 1], but is {anneal}.")
-        self.forward = forward
-        self.temperature = temperature
-        self.anneal = anneal
-        self.variance_match = variance_match
+        self.forward, self.variance_match = forward, variance_match
+        self.temperature, self.anneal = temperature, anneal
 
     @override
     def first_scores(self, weight: Tensor, generator: torch.Generator) -> Tensor:

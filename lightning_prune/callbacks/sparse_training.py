@@ -14,8 +14,9 @@ from lightning_prune.callbacks.base import EarlyStoppingChoice
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.weights import WeightPruning
 from lightning_prune.errors import ConfigurationError
+from lightning_prune.rewiring import rewired
 from lightning_prune.schedules import OneShot, Position
-from lightning_prune.weight_budget import Scope, select_weights
+from lightning_prune.weight_budget import Scope
 
 
 class SET(WeightPruning):
@@ -85,44 +86,3 @@ class SET(WeightPruning):
         network.hold_masks()
         network.weights.set(new, network.tensors)
         self._note(network)
-
-
-class RigL(SET):
-    """The rigged lottery: like :class:`SET`, but weights grow where the gradient is largest (Evci et al., 2020).
-
-    The gradient of all weights is taken between two steps, summed over ``batches`` batches of the training data, and
-    not on the batch that comes next. A weight that is dropped and grown in the same update just stays.
-
-    Example:
-        >>> import lightning as L
-        >>> trainer = L.Trainer(max_epochs=30, callbacks=[RigL(remove=0.9)], logger=False)
-    """
-
-    batches = 4
-
-    @override
-    def growth(self, network: Network) -> dict[str, Tensor]:
-        taken = list(network.probe.gradients(self.batches))
-        sums = {name: torch.stack([part[name] for part in taken]).sum(0) for name in network.weights.keep}
-        return {name: network.average(total).abs() for name, total in sums.items()}
-
-
-def rewired(name: str, keep: Tensor, size: Tensor, growth: Tensor, share: float) -> Tensor:
-    """Mask of a tensor after the given share of its kept weights has gone, the smallest, and as many have grown.
-
-    Example:
-        >>> keep = torch.tensor([[True, True, False, False]])
-        >>> rewired("fc.weight", keep, torch.tensor([[3.0, 1, 0, 0]]), torch.tensor([[9.0, 0.1, 0.2, 0.4]]), share=0.5)
-        tensor([[ True, False, False,  True]])
-    """
-    kept = int(keep.sum())
-    count = int(share * kept)
-    if count == 0:
-        return keep
-    stay = highest(name, size, keep, kept - count)
-    return stay | highest(name, growth, ~stay, count)
-
-
-def highest(name: str, scores: Tensor, among: Tensor, count: int) -> Tensor:
-    """Mask of the ``count`` highest scores among the given weights of a tensor."""
-    return select_weights({name: scores}, {name: among}, remove=1 - count / among.numel(), floor=0)[name]

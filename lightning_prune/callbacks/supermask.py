@@ -29,14 +29,9 @@ class Supermask(RandomNetwork):
         optimizer: What moves the scores: ``"sgd"``, ``"adam"`` or ``"lion"``.
         lr: Its learning rate at the start of the fit; with ``"sgd"`` it has to be high.
         momentum: Momentum of ``"sgd"``.
-        include: As for :class:`~lightning_prune.WeightPruning`; the weights of all others are frozen as they are.
-        exclude: As for :class:`~lightning_prune.WeightPruning`.
-        floor: As for :class:`~lightning_prune.WeightPruning`.
-        shrink: As for :class:`~lightning_prune.WeightPruning`.
-        verify: As for :class:`~lightning_prune.WeightPruning`.
-        recalibrate: Number of batches to re-estimate batch-norm statistics on at the end; 0 leaves them.
+        include, exclude: As for :class:`~lightning_prune.WeightPruning`; all others are frozen as they are.
+        floor, shrink, verify, recalibrate, directory: As for :class:`~lightning_prune.WeightPruning`.
         seed: Seed of the weights and the scores.
-        directory: As for :class:`~lightning_prune.ChannelPruning`.
 
     Raises:
         ConfigurationError: If an argument is wrong, or the fit has no end.
@@ -57,15 +52,10 @@ class Supermask(RandomNetwork):
         optimizer: Step = "sgd",
         lr: float = 100.0,
         momentum: float = 0.9,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
-        floor: Union[int, float] = 0.001,  # noqa: UP007
-        shrink: Literal["end", "never"] = "end",
-        verify: bool = True,
-        recalibrate: int = 0,
-        seed: int = 0,
-        directory: str | None = None,
-    ) -> None:
+        include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
+        floor: Union[int, float] = 0.001, shrink: Literal["end", "never"] = "end", verify: bool = True,  # noqa: UP007
+        recalibrate: int = 0, seed: int = 0, directory: str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(
             remove, scope, init, optimizer, lr, momentum, 0.0, include, exclude, floor, shrink, verify, recalibrate,
             seed, directory,

@@ -29,7 +29,7 @@ FLOORS = [
         "patterns",
         "penalties",
     }
-    | {"penalties", "projection", "reparameterise", "scoring", "search", "subnet_search", "threshold_net"},
+    | {"penalties", "projection", "reparameterise", "rewiring", "scoring", "search", "subnet_search", "threshold_net"},
     {"probe", "checkpoint", "callbacks", "datamodules", "export", "recipes"},
     {"lightning_cli", "demo", "cli", "__init__", "__main__"},
 ]

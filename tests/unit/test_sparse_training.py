@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import DSD, SET, ConfigurationError, DynamicNetworkSurgery, Linear, RigL
 from lightning_prune.callbacks.dynamic_surgery import spliced
-from lightning_prune.callbacks.sparse_training import rewired
+from lightning_prune.rewiring import rewired
 from lightning_prune.schedules import Position
 from tests.fits import BATCHES, SmallNet, equal, fit, images, loader, small_net, surface, trainer
 

@@ -1,0 +1,76 @@
+"""Lottery tickets of whole channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Union
+
+from lightning_prune.budget import Scope as ChannelScope
+from lightning_prune.callbacks.base import EarlyStoppingChoice
+from lightning_prune.callbacks.channels import ChannelPruning, Measure
+from lightning_prune.callbacks.tickets import checked_step, equal_parts
+from lightning_prune.criteria import Criterion, CriterionName
+from lightning_prune.errors import ConfigurationError
+from lightning_prune.reinit import Reinit, ReinitName
+
+
+class ChannelLotteryTicket(ChannelPruning):
+    """A lottery ticket of whole channels: as :class:`~lightning_prune.LotteryTicket`, with units of ``ChannelPruning``.
+
+    Channels are masked until the fit ends, since what is rewound to has the full width, and removed then.
+
+    Args:
+        remove: Fraction to remove in all, in [0, 1).
+        of: As for :class:`~lightning_prune.ChannelPruning`.
+        rounds: As for :class:`~lightning_prune.LotteryTicket`.
+        rewind_to: As for :class:`~lightning_prune.LotteryTicket`.
+        criterion: As for :class:`~lightning_prune.ChannelPruning`.
+        scope: As for :class:`~lightning_prune.ChannelPruning`.
+        include: As for :class:`~lightning_prune.ChannelPruning`.
+        exclude: As for :class:`~lightning_prune.ChannelPruning`.
+        reinit: As for :class:`~lightning_prune.LotteryTicket`.
+        shrink: As for :class:`~lightning_prune.ChannelPruning`, but not at each round.
+        verify: As for :class:`~lightning_prune.ChannelPruning`.
+        recalibrate: As for :class:`~lightning_prune.ChannelPruning`.
+        seed: As for :class:`~lightning_prune.ChannelPruning`.
+        directory: As for :class:`~lightning_prune.ChannelPruning`.
+        early_stopping: As for :class:`~lightning_prune.ChannelPruning`.
+
+    Raises:
+        ConfigurationError: If an argument is wrong, or the first round comes before the step that is rewound to.
+        BudgetError: If the budget is out of reach on this network.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(max_epochs=40, callbacks=[ChannelLotteryTicket(remove=0.5, rounds=3)], logger=False)
+    """
+
+    def __init__(
+        self,
+        remove: float = 0.5,
+        of: Measure = "macs",
+        rounds: int = 3,
+        rewind_to: int = 0,
+        criterion: Union[CriterionName, Criterion] = "l2",  # noqa: UP007
+        scope: ChannelScope = "global",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        reinit: Union[ReinitName, Reinit] = "rewind",  # noqa: UP007
+        shrink: Literal["end", "never"] = "end",
+        verify: bool = True,
+        recalibrate: int = 0,
+        seed: int = 0,
+        directory: str | None = None,
+        early_stopping: EarlyStoppingChoice = "keep",
+    ) -> None:
+        if shrink not in ("end", "never"):
+            raise ConfigurationError(
+                "channels of a lottery ticket cannot be removed at each round, since what is rewound to has the full "
+                'width. Use shrink="end".'
+            )
+        super().__init__(
+            criterion, remove, of, equal_parts(rounds), scope, include, exclude, reinit=reinit, shrink=shrink,
+            verify=verify, recalibrate=recalibrate, seed=seed, directory=directory, early_stopping=early_stopping,
+        )  # fmt: skip
+        self.rounds = rounds
+        self.rewind_to = checked_step(rewind_to)

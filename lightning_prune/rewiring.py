@@ -18,6 +18,7 @@ def rewired(name: str, keep: Tensor, size: Tensor, growth: Tensor, share: float)
         share: Share of the kept weights that goes.
 
     Example:
+        >>> import torch
         >>> keep = torch.tensor([[True, True, False, False]])
         >>> rewired("fc.weight", keep, torch.tensor([[3.0, 1, 0, 0]]), torch.tensor([[9.0, 0.1, 0.2, 0.4]]), share=0.5)
         tensor([[ True, False, False,  True]])

@@ -25,8 +25,8 @@ class SparseBinaryMask(RandomNetwork):
     a temperature that falls, and for the last part of the fit the vertex itself. A relaxed mask is scaled to the second
     moment of a binary one, so that signals keep their size; the final network has no scale.
 
-    We measured a gain over tuned edge-popup on small nets without batch-norm, and little of one with it
-    (``examples/results/random_networks.md``). Train the weights if you can: this is for when you cannot.
+    ``examples/studies/random_networks.py`` compares it with edge-popup; no result of ours is published yet. Train the
+    weights if you can: this is for when you cannot.
 
     Args:
         remove: Fraction of the weights to switch off, in [0, 1).

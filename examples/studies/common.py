@@ -215,7 +215,9 @@ class Classifier(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def fit(module: L.LightningModule, part: Images, epochs: int, *callbacks: L.Callback) -> None:
+def fit(
+    module: L.LightningModule, part: Images, epochs: int, *callbacks: L.Callback, precision: Any = "32-true"
+) -> None:
     """Train without a word and without files."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -223,7 +225,7 @@ def fit(module: L.LightningModule, part: Images, epochs: int, *callbacks: L.Call
         warnings.simplefilter("ignore")
         trainer = L.Trainer(
             max_epochs=epochs, callbacks=list(callbacks), logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False,
+            enable_progress_bar=False, enable_model_summary=False, precision=precision,
         )  # fmt: skip
         trainer.fit(module, batches(part))
 

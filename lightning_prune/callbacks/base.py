@@ -30,6 +30,7 @@ from lightning_prune.callbacks.support import (
     reset_early_stopping,
     say,
     shadows,
+    steps_with_plain_gradients,
 )
 from lightning_prune.checkpoint import VERSION, put_record, unwrap_hooks, wrap_hooks
 from lightning_prune.choices import unknown_name
@@ -206,7 +207,7 @@ class PruningCallback(PruningMethod, Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._network is not None and self._works:
+        if self._network is not None and self._works and steps_with_plain_gradients(trainer, optimizer):
             self.before_masking(self._network, optimizer)
             self._network.mask_gradients()
             self._about_to_step = optimizer
@@ -216,7 +217,7 @@ class PruningCallback(PruningMethod, Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # A step that was announced and not taken, as when the gradients of half precision overflow.
+        # A step that was announced and not taken, because another hook kept the optimizer from it.
         if self._network is not None and self._about_to_step is not None:
             self._after_step(self._about_to_step, (), {})
 

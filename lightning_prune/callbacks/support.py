@@ -118,6 +118,26 @@ def reset_early_stopping(trainer: Trainer) -> None:
             callback.best_score = worst if callback.best_score is None else worst.to(callback.best_score.device)
 
 
+def steps_with_plain_gradients(trainer: Trainer, optimizer: Optimizer) -> bool:
+    """Take the factor off gradients that half precision has scaled; whether the optimizer will step with them at all.
+
+    Most optimizers get them plain by now, but fused ones would take off the factor within their step.
+
+    Args:
+        trainer: The trainer.
+        optimizer: The optimizer whose step is announced.
+
+    Returns:
+        False if gradients overflowed, so that the step will be left out.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if not isinstance(scaler, torch.amp.GradScaler) or not scaler.is_enabled():
+        return True
+    if not scaler._found_inf_per_device(optimizer):
+        scaler.unscale_(optimizer)
+    return not any(bool(overflow) for overflow in scaler._found_inf_per_device(optimizer).values())
+
+
 def nested_optimizers(optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
     """Optimizers and those that they hold as attributes, as ones do that refine the steps of another; each once."""
     seen: set[int] = set()

@@ -102,10 +102,14 @@ def _ours(request: Request, result: Pruned, hints: bool) -> None:
     lightning_prune.shrink(request.model, graph, keep)
     result.shrink_seconds = time.process_time() - start
     kept = {name: len(units) for name, units in keep.items()}
+    # A grouped operator with one group left is an ordinary one, whose channels may go one by one.
+    single = {slot.tensor for name, group in graph.groups.items() if kept[name] == 1 for slot in group.slots}
 
     def check() -> bool:
-        again = lightning_prune.trace(request.model, request.inputs, **options).widths
-        return all(again.get(name, 1) == width for name, width in kept.items()) and set(again) <= set(kept)
+        again = lightning_prune.trace(request.model, request.inputs, **options).groups
+        finer = [group for name, group in again.items() if kept.get(name, 1) == 1]
+        same = all(name in again and again[name].width == width for name, width in kept.items() if width > 1)
+        return same and all(any(slot.tensor in single for slot in group.slots) for group in finer)
 
     result.check_retrace = check
 

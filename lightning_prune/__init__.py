@@ -11,6 +11,7 @@ from lightning_prune.callbacks.distillation import Distillation
 from lightning_prune.callbacks.dsd import DSD
 from lightning_prune.callbacks.dynamic_surgery import DynamicNetworkSurgery
 from lightning_prune.callbacks.edge_popup import EdgePopup
+from lightning_prune.callbacks.evolution import EvolutionarySearch
 from lightning_prune.callbacks.grow_and_prune import GrowAndPrune
 from lightning_prune.callbacks.growing_regularisation import GReg
 from lightning_prune.callbacks.prob_mask import ProbMask
@@ -29,6 +30,7 @@ from lightning_prune.callbacks.width_record import WidthSearch
 from lightning_prune.checkpoint import load_pruned
 from lightning_prune.criteria import CHIP, FPGM, NISP, BatchNormScale, Criterion, Norm, Random, Taylor, ThiNet
 from lightning_prune.criteria.activations import ActivationCriterion, APoZ, HRank
+from lightning_prune.criteria.hessian import Hessian
 from lightning_prune.criteria.weights import (
     LAMP,
     SNIP,
@@ -61,6 +63,7 @@ from lightning_prune.report import PruneReport
 from lightning_prune.schedules import Cosine, Cubic, Geometric, Linear, OneShot, Schedule
 from lightning_prune.scoring import Stage, StageLoss
 from lightning_prune.search import Annealing, CrossEntropy, Genetic, ParticleSwarm, Search
+from lightning_prune.sensitivity import Sensitivity, measure_sensitivity
 from lightning_prune.surgery import shrink, trace
 
 __all__ = [
@@ -92,6 +95,7 @@ __all__ = [
     "Distillation",
     "DynamicNetworkSurgery",
     "EdgePopup",
+    "EvolutionarySearch",
     "GReg",
     "Genetic",
     "Geometric",
@@ -100,6 +104,7 @@ __all__ = [
     "GroupNormDecay",
     "GrowAndPrune",
     "HRank",
+    "Hessian",
     "Keep",
     "KeepDistribution",
     "KeepMagnitude",
@@ -129,6 +134,7 @@ __all__ = [
     "ScoringNetPruning",
     "Search",
     "SearchAndTrain",
+    "Sensitivity",
     "ShrinkError",
     "Slimming",
     "Slot",
@@ -150,6 +156,7 @@ __all__ = [
     "WidthSearch",
     "__version__",
     "load_pruned",
+    "measure_sensitivity",
     "register_rule",
     "shrink",
     "trace",

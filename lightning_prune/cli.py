@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from pydoc import ErrorDuringImport, locate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from jsonargparse import ArgumentParser
-from lightning import LightningModule
+from jsonargparse import ArgumentParser, Namespace
+from lightning import LightningDataModule, LightningModule
 from torch import nn
 
 from lightning_prune.__about__ import __version__
 from lightning_prune.choices import unknown_name
 from lightning_prune.cost import CostModel
+from lightning_prune.criteria import CriterionName
 from lightning_prune.demo import run_demo
 from lightning_prune.errors import ConfigurationError, PruneError
 from lightning_prune.export import FORMATS, export, target_of
 from lightning_prune.graph.analysis import Norms
+from lightning_prune.graph.channels import ChannelGraph
 from lightning_prune.lightning_cli import PruneCLI
 from lightning_prune.probe import Probe
 from lightning_prune.report import PruneReport
+from lightning_prune.sensitivity import SHARES, measure_sensitivity, validation_batches
 from lightning_prune.surgery import trace, trace_programs
 from lightning_prune.text import aligned, format_count, shortened
 
 _LIGHTNING = ("fit", "validate", "test", "predict")
+Made = TypeVar("Made")
 
 
 def _model_parser(description: str) -> ArgumentParser:
@@ -49,6 +54,11 @@ def _make_model(path: str, arguments: Mapping[str, Any]) -> nn.Module:
     Raises:
         ConfigurationError: If there is no such thing, or it makes no module.
     """
+    return _make(path, arguments, nn.Module, "torch module")
+
+
+def _make(path: str, arguments: Mapping[str, Any], kind: type[Made], what: str) -> Made:
+    """Make what an import path names, which must be of some kind."""
     sys.path.insert(0, str(Path.cwd()))
     module_path, _, name = path.rpartition(".")
     try:
@@ -57,10 +67,10 @@ def _make_model(path: str, arguments: Mapping[str, Any]) -> nn.Module:
         raise ConfigurationError(f"cannot import '{module_path}' of '{path}': {error}") from error
     if not hasattr(module, name):
         raise unknown_name(f"name in {module_path}", name, [n for n in dir(module) if not n.startswith("_")])
-    model = getattr(module, name)(**arguments)
-    if not isinstance(model, nn.Module):
-        raise ConfigurationError(f"'{path}' makes a {type(model).__name__}, not a torch module")
-    return model
+    made = getattr(module, name)(**arguments)
+    if not isinstance(made, kind):
+        raise ConfigurationError(f"'{path}' makes a {type(made).__name__}, not a {what}")
+    return made
 
 
 def _example_input(model: nn.Module, shape: Sequence[int] | None) -> Any:
@@ -73,16 +83,57 @@ def _example_input(model: nn.Module, shape: Sequence[int] | None) -> Any:
 
 
 def inspect_command(args: Sequence[str]) -> None:
-    """Print groups, refusals and costs of a network, without training it."""
+    """Print groups, refusals and costs of a network, and on request how sensitive it is, without training it."""
     parser = _model_parser(inspect_command.__doc__ or "")
     parser.add_argument("--norms", type=Norms, default="exact", help="as the argument of ChannelPruning")
     parser.add_argument("--inner", type=list[str], default=[], help="as the argument of ChannelPruning: [PATTERN,...]")
+    parser.add_argument("--checkpoint", type=str, default=None, help="a checkpoint file of that module, to load first")
+    parser.add_argument(
+        "--sensitivity", action="store_true", help="measure the loss with ever fewer units of each group"
+    )
+    parser.add_argument("--data", type=str, default=None, help="import path of a data module to validate on")
+    parser.add_argument("--data_init", type=dict[str, Any], default={}, help="arguments to make it with")
+    parser.add_argument("--batches", type=int, default=4, help="number of validation batches")
+    parser.add_argument("--criterion", type=CriterionName, default="l2", help="which units of a group go first")
+    parser.add_argument("--shares", type=list[float], default=list(SHARES), help="shares of a group to take away")
+    parser.add_argument("--patterns", type=list[str], default=None, help="groups to cut together; default: each alone")
+    parser.add_argument("--monitor", type=str, default=None, help="what validation_step logs, instead of the loss")
+    parser.add_argument("--tolerate", type=str, default=None, help="rise of the loss, such as 0.05 or 5%, for ratios")
+    parser.add_argument("--save", type=str, default=None, help="folder to write table, CSV and figure to")
     options = parser.parse_args(list(args))
     model = _make_model(options.model, options.init)
-    if isinstance(model, LightningModule) and options.shape is None and model.example_input_array is not None:
-        graph = trace_programs(model, Probe(None, model).programs(), options.norms, options.inner)
-    else:
-        graph = trace(model, _example_input(model, options.shape), norms=options.norms, inner=options.inner)
+    if options.checkpoint is not None:
+        model = _loaded(options.model, options.init, Path(options.checkpoint))
+    batches = _validation_batches(model, options) if options.sensitivity else []
+    graph = _graph(model, options, batches)
+    _print_graph(model, graph)
+    if options.sensitivity:
+        _print_sensitivity(model, graph, batches, options)
+
+
+def _validation_batches(model: nn.Module, options: Namespace) -> list[Any]:
+    if not isinstance(model, LightningModule):
+        raise ConfigurationError(
+            f"'{options.model}' is no LightningModule, which would know its loss; in Python, measure_sensitivity takes "
+            "a loss function"
+        )
+    data = None
+    if options.data is not None:
+        data = _make(options.data, options.data_init, LightningDataModule, "LightningDataModule")
+    return validation_batches(model, data, options.batches)
+
+
+def _graph(model: nn.Module, options: Namespace, batches: Sequence[Any]) -> ChannelGraph:
+    if isinstance(model, LightningModule) and options.shape is None:
+        probe = Probe(None, model)
+        for batch in batches:
+            probe.observe(batch)
+        if batches or model.example_input_array is not None:
+            return trace_programs(model, probe.programs(), options.norms, options.inner)
+    return trace(model, _example_input(model, options.shape), norms=options.norms, inner=options.inner)
+
+
+def _print_graph(model: nn.Module, graph: ChannelGraph) -> None:
     cost = CostModel(graph, [name for name, _ in model.named_parameters()])
     rows = [("channel group", "width", "tensors")]
     rows += [(shortened(n, 60), str(g.width), str(len({s.tensor for s in g.slots}))) for n, g in graph.groups.items()]
@@ -96,6 +147,28 @@ def inspect_command(args: Sequence[str]) -> None:
         print("\nstays whole")
         for path, reason in graph.refused:
             print(f"  {path}: {reason}")
+
+
+def _print_sensitivity(model: nn.Module, graph: ChannelGraph, batches: Sequence[Any], options: Namespace) -> None:
+    tolerated = None if options.tolerate is None else _tolerated(options.tolerate)
+    found = measure_sensitivity(
+        model, graph, batches, None, options.criterion, options.shares, options.patterns, options.monitor
+    )
+    print(f"\n{found.table()}")
+    if tolerated is not None:
+        print(f"\nratios of ChannelPruning, for a rise of {options.tolerate}\n{json.dumps(found.ratios(*tolerated))}")
+    if options.save is not None:
+        for note in found.save(options.save):
+            print(note)
+
+
+def _tolerated(rise: str) -> tuple[float, bool]:
+    """A rise such as ``0.05`` or ``5%``, and whether it is relative."""
+    relative = rise.endswith("%")
+    try:
+        return float(rise.removesuffix("%")) / (100 if relative else 1), relative
+    except ValueError as error:
+        raise ConfigurationError(f"--tolerate is a rise of the loss such as 0.05 or 5%, but is '{rise}'") from error
 
 
 def report_command(args: Sequence[str]) -> None:

@@ -144,9 +144,39 @@ class Comparison:
             return value_loss(student, outputs)
         if len(outputs) == 1 or self.teacher_temperature is None:
             return class_loss(student, outputs, self.temperature, None)
-        labels = labels_in(batch, student) if self.labels is None else batch[self.labels]
-        weights = teacher_weights(outputs, labels, self.teacher_temperature)
+        weights = teacher_weights(outputs, self.true_classes(student, batch), self.teacher_temperature)
         return class_loss(student, outputs, self.temperature, weights)
+
+    def true_classes(self, scores: Tensor, batch: Any) -> Tensor:
+        """What several teachers are weighed by; see :func:`labels_in`."""
+        found: Tensor = labels_in(batch, scores) if self.labels is None else batch[self.labels]
+        return found
+
+
+def move_average(average: Mapping[str, Tensor], present: Mapping[str, Tensor], updates: int, decay: float) -> None:
+    """Move an exponential average towards what is now, in place.
+
+    So that it does not hold on to the first values, after ``n`` updates ``n / (n + 9)`` stays of it as long as that is
+    less than the decay; nothing at the first.
+
+    Args:
+        average: The average, by name. What is no real number is copied.
+        present: What is now; names that the average lacks do not count.
+        updates: How often it was moved before.
+        decay: Share of it that stays.
+
+    Example:
+        >>> average = {"weight": torch.tensor([1.0])}
+        >>> move_average(average, {"weight": torch.tensor([11.0])}, updates=1, decay=0.999)
+        >>> average["weight"].tolist()
+        [10.0]
+    """
+    stays = min(decay, updates / (updates + 9))
+    for name, value in average.items():
+        if value.is_floating_point():
+            value.lerp_(present[name].to(value), 1 - stays)
+        else:
+            value.copy_(present[name])
 
 
 def check_shapes(student: Tensor, teachers: Mapping[str, Tensor]) -> None:
@@ -189,5 +219,5 @@ def labels_in(batch: Any, scores: Tensor) -> Tensor:
     raise ConfigurationError(
         f"several teachers are weighed by how well they know the true classes, but {len(found)} tensors of the batch "
         f"can be those (whole numbers of shape {list(shape)}). Give their key or position as labels, or "
-        f"teacher_temperature=None to have all teachers count equally."
+        f"Distillation teacher_temperature=None to have all teachers count equally."
     )

@@ -13,8 +13,8 @@ from typing_extensions import override
 
 from lightning_prune.budget import Limits, Scope, check_fraction, select
 from lightning_prune.callbacks.base import EarlyStoppingChoice, Shrink
-from lightning_prune.callbacks.groups import ChannelCallback
 from lightning_prune.callbacks.network import Network
+from lightning_prune.callbacks.repair import RepairingRounds, RepairName, checked_repair
 from lightning_prune.choices import unknown_name
 from lightning_prune.criteria import Criterion, CriterionName, RunCriterion, criterion_from, normalise
 from lightning_prune.criteria.activations import RunningNetwork
@@ -28,7 +28,7 @@ from lightning_prune.schedules import Schedule, ScheduleName
 Measure = Literal["channels", "params", "macs", "latency"]
 
 
-class ChannelPruning(ChannelCallback):
+class ChannelPruning(RepairingRounds):
     """Removes the least important channels while the network trains, and hands back a smaller network.
 
     Channels are found by running the module on a real batch; what belongs together goes together, and what cannot be
@@ -38,9 +38,10 @@ class ChannelPruning(ChannelCallback):
 
     Args:
         criterion: What matters: ``"l1"`` (Li et al., 2017), ``"l2"`` (over all coupled weights), ``"bn_scale"`` (Liu
-            et al., 2017), ``"taylor"`` (Molchanov et al., 2016, 2019), ``"fpgm"`` (He et al., 2019), ``"random"``; of
-            what channels hold while the network runs ``"apoz"`` (Hu et al., 2016), ``"hrank"`` (Lin et al., 2020),
-            ``"chip"`` (Sui et al., 2021), ``"nisp"`` (Yu et al., 2018), ``"thinet"`` (Luo et al., 2017); or a
+            et al., 2017), ``"taylor"`` (Molchanov et al., 2016, 2019), ``"hessian"`` (LeCun et al., 1990, by the Fisher
+            diagonal), ``"fpgm"`` (He et al., 2019), ``"random"``; of what channels hold while the network runs
+            ``"apoz"`` (Hu et al., 2016), ``"hrank"`` (Lin et al., 2020), ``"chip"`` (Sui et al., 2021), ``"nisp"`` (Yu
+            et al., 2018), ``"thinet"`` (Luo et al., 2017); or a
             :class:`~lightning_prune.Criterion`, such as an :class:`~lightning_prune.ActivationCriterion` of your own.
         remove: Fraction to remove in all, in [0, 1).
         of: What it is a fraction of: ``"macs"``, ``"params"`` or ``"latency"`` (measured) of the whole network, or the
@@ -72,6 +73,11 @@ class ChannelPruning(ChannelCallback):
             checkpoints of the fit's ``ModelCheckpoint``, if it has one.
         early_stopping: Whether an ``EarlyStopping`` in the fit goes on comparing after a round with what it saw before
             (``"keep"``), or waits anew (``"reset"``).
+        repair: Whether the weights that read channels are refitted by least squares to those that stay, before the
+            others go: not (``"none"``), with one factor for each channel that stays (``"scale"``, as ThiNet does, Luo
+            et al., 2017), or such that they take over what they can tell of those that go (``"regression"``, in the
+            manner of He et al., 2017). Weights of which it cannot be proven to be safe are left as they are.
+        repair_batches: Number of real batches that each round looks at for that.
 
     Raises:
         ConfigurationError: If an argument is wrong, or can have no effect in this fit.
@@ -103,6 +109,8 @@ class ChannelPruning(ChannelCallback):
         seed: int = 0,
         directory: str | None = None,
         early_stopping: EarlyStoppingChoice = "keep",
+        repair: RepairName = "none",
+        repair_batches: int = 8,
     ) -> None:
         super().__init__(
             remove, of, schedule, reinit, shrink, norms, verify, recalibrate, seed, directory, inner, early_stopping
@@ -118,6 +126,9 @@ class ChannelPruning(ChannelCallback):
         self.ratios = ratios
         self.round_to = round_to
         self.min_channels = min_channels
+        self.repair = repair
+        self.repair_batches = repair_batches
+        self._repair = checked_repair(repair, repair_batches, self._reinit)
         self._criterion = criterion_from(criterion)
         self._limits = Limits(min_channels, round_to)
         self._dense_latency: float | None = None
@@ -127,6 +138,7 @@ class ChannelPruning(ChannelCallback):
 
     @override
     def prepare(self, network: Network) -> None:
+        super().prepare(network)
         self._dense_latency = None
         self._check_patterns(network)
         eligible = self._record["eligible"] = self._eligible(network)

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, Union
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from typing_extensions import override
 
-from lightning_prune.callbacks.teachers import load_teacher, rebuilt
-from lightning_prune.callbacks.watching import (
-    Call,
-    Seen,
-    check_watchable,
-    extend_step,
-    one_tensor,
-    outputs_of,
-    restore_step,
-    watched,
-)
+from lightning_prune.callbacks.teachers import Teaching, load_teacher, rebuilt
+from lightning_prune.callbacks.watching import check_watchable, extend_step, restore_step
 from lightning_prune.choices import unknown_name
-from lightning_prune.distillation import Comparison, feature_loss
+from lightning_prune.distillation import Comparison
 from lightning_prune.errors import ConfigurationError
 
 Teacher = Union[str, nn.Module]  # noqa: UP007 - jsonargparse reads it
@@ -97,8 +87,8 @@ class Distillation(Callback):
         self.teachers, self.weight, self.temperature, self.task = teachers, weight, temperature, task
         self.output_of, self.labels, self.teacher_temperature = output_of, labels, teacher_temperature
         self.features, self.feature_weight, self.ema_decay = features, feature_weight, ema_decay
-        self._path, self._features = output_of or "", list(features or ())
-        self._comparison = Comparison(task, temperature, teacher_temperature, labels)
+        comparison = Comparison(task, temperature, teacher_temperature, labels)
+        self._teaching = Teaching(comparison, weight, output_of or "", list(features or ()), feature_weight)
         self._start: LightningModule | None = None
         self._average: AveragedModel | None = None  # an attribute of this class is resized along with the network
         self._others: dict[Teacher, nn.Module] = {}
@@ -111,7 +101,7 @@ class Distillation(Callback):
             return
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()
-        check_watchable(trainer, pl_module, [self._path, *self._features])
+        check_watchable(trainer, pl_module, [self._teaching.path, *self._teaching.features])
         # A resumed fit may load a smaller network into the module, but the one of its start into this.
         self._start = copy.deepcopy(pl_module) if "start" in self._wanted else None
         self._average, self._restored, self._updated = None, {}, 0
@@ -128,7 +118,7 @@ class Distillation(Callback):
             self._updated = self._restored.get("updated", 0)
         for name, teacher in self._present().items():
             teacher.to(pl_module.device).eval()
-            if missing := set(self._features) - dict(teacher.named_modules()).keys():
+            if missing := set(self._teaching.features) - dict(teacher.named_modules()).keys():
                 raise ConfigurationError(
                     f"the teacher {name} has no module {', '.join(sorted(missing))} to compare features of. Leave that "
                     f"out of features, or the teacher out of teachers."
@@ -161,33 +151,7 @@ class Distillation(Callback):
         self._restored = state_dict
 
     def _step(self, trainer: Trainer, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """The user's training step, with the distillation in its loss."""
-        student = trainer.lightning_module
-        with watched(student, self._path, self._features) as seen:
-            result = step(*args)
-        loss = result.get("loss") if isinstance(result, Mapping) else result
-        if loss is None:
-            return result
-        calls = outputs_of(trainer, self._path, seen)
-        with trainer.precision_plugin.train_step_context(), torch.no_grad():
-            lessons = {name: self._lesson(teacher, student, calls) for name, teacher in self._present().items()}
-        terms = []
-        for number, call in enumerate(calls):
-            outputs = {name: one_tensor(lesson.calls[number].output, name) for name, lesson in lessons.items()}
-            terms.append(self._comparison.loss(one_tensor(call.output, self._path), outputs, args[0]))
-        features = feature_loss(seen.features, [lesson.features for lesson in lessons.values()])
-        distillation = torch.stack(terms).mean() + self.feature_weight * features.to(terms[0].device)
-        student.log("distillation/loss", distillation.detach())
-        loss = (1 - self.weight) * loss + self.weight * distillation
-        return {**result, "loss": loss} if isinstance(result, Mapping) else loss
-
-    def _lesson(self, teacher: nn.Module, student: nn.Module, calls: Sequence[Call]) -> Seen:
-        """What a teacher makes of the calls of the network."""
-        path = self._path if type(teacher) is type(student) else ""
-        with watched(teacher, path, self._features) as seen:
-            for call in calls:
-                call.again(teacher.get_submodule(path))
-        return seen
+        return self._teaching.step(trainer, self._present(), step, args)
 
     def _present(self) -> dict[str, nn.Module]:
         """The teachers by what to call them."""

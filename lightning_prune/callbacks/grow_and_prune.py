@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.annealing import annealed, best, falling, gaussian_scales, weighed
+from lightning_prune.callbacks.branching import branch_out, move_branches
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.phases import PhasedPruning
 from lightning_prune.callbacks.widening import grow
@@ -29,30 +30,31 @@ _SHUT, _LARGEST_DECAY = 0.05, 0.01
 class GrowAndPrune(PhasedPruning):
     """Makes the network wider before it trains, then lets channels compete for what the original network may keep.
 
-    Growth copies channels without a change to what the network computes. From the first step a Gaussian scale mixture
-    prior pushes weak channels ever harder towards zero. While annealed, each channel has a soft gate: the probability
-    that it belongs to the active one of two Gaussians fitted to the scales of all channels, at a falling temperature,
-    under a budget that falls from the cost of the wide network to the target. The last round meets the target exactly;
-    what is left is fine-tuned. ``remove`` is a fraction of the network as it was before it grew.
+    Growth copies channels without a change to what the network computes. With ``branches`` each convolution is trained
+    as a sum of linear ones until the last round, while the module holds the kernel that they fold into. From the first
+    step a Gaussian scale mixture prior pushes weak channels ever harder towards zero. While annealed, each channel has
+    a soft gate: the probability that it belongs to the active one of two Gaussians fitted to the scales of all
+    channels, at a falling temperature, under a budget that falls from the cost of the wide network to the target. The
+    last round meets the target exactly; what is left is fine-tuned. ``remove`` is a fraction of the original network.
 
     After Lu, Dong, Fang, Lin, Li & Shi, "Growing-before-pruning" (Pattern Recognition 166, 2025), of which only the
-    abstract was at hand. Ours are: growth in width alone (the source has branches), the penalty, its coefficient, the
-    two Gaussians, temperatures, thresholds, phases. No whole layer vanishes, unlike there.
+    abstract was at hand. Folding is published (Diverse Branch Block, Ding et al., 2021; training a linear layer as
+    several: ExpandNets, Guo et al., 2020). Ours are: growth in width, branches without norms, started at zero
+    and moved by SGD with momentum 0.9, begun anew where a round cuts a kernel; the penalty, its coefficient, the two
+    Gaussians, temperatures, thresholds, phases. No whole layer vanishes, unlike there.
 
     Args:
         remove: Fraction of the original network to remove in all, in [0, 1).
         of: What it is a fraction of: ``"macs"``, ``"params"``, or ``"channels"`` of the groups that may be pruned.
-        expand: Factor by which groups grow; 1 prunes without growth.
+        expand: Factor by which groups grow; 1 prunes without growth in width.
         noise: How much copies differ in the weights that read them, relative to these; they add up to the same.
-        strength: Weight decay by the penalty of the unit of median scale in each group; weaker ones have more. 0 for
-            none.
-        start: Position of the first round, at which gates come into being.
-        end: Position of the last round, at which they harden.
+        branches: Whether each k*k convolution has parallel branches: 1*1, 1*1 and then k*k, and the identity where
+            shapes allow. All strides, paddings, dilations and groups; not what is shared, parametrized or transposed.
+        strength: Weight decay by the penalty of the unit of median scale in each group; weaker ones have more.
+        start, end: Positions of the first round, at which gates come into being, and the last, at which they harden.
         interval: Distance of the rounds.
         unit: Of these three: ``"fraction"`` of the fit, ``"epoch"`` or ``"step"``.
-        include: This and all others: as for :class:`~lightning_prune.ChannelPruning`; what stays whole does not grow.
-        exclude: Channels that stay.
-        round_to, shrink: As for :class:`~lightning_prune.ChannelPruning`.
+        include, exclude, round_to, shrink: As for :class:`~lightning_prune.ChannelPruning`; what stays does not widen.
         min_channels: Fewest channels of a group, as a number or a share of the original width.
         seed: Of the growth.
         directory: Where the checkpoint and the report are written.
@@ -73,14 +75,10 @@ class GrowAndPrune(PhasedPruning):
         self,
         remove: float = 0.7,
         of: Literal["channels", "params", "macs"] = "macs",
-        expand: float = 1.5, noise: float = 0.1,
+        expand: float = 1.5, noise: float = 0.1, branches: bool = False,
         strength: float = 5e-4,
-        start: float = 0.1,
-        end: float = 0.7,
-        interval: float = 0.05,
-        unit: Unit = "fraction",
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
+        start: float = 0.1, end: float = 0.7, interval: float = 0.05, unit: Unit = "fraction",
+        include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
         round_to: int = 1,
         min_channels: Union[int, float] = 0.1,  # noqa: UP007
         shrink: Literal["rounds", "end"] = "rounds",
@@ -98,13 +96,13 @@ class GrowAndPrune(PhasedPruning):
         for name, value, least in (("expand", expand, 1), ("noise", noise, 0), ("strength", strength, 0)):
             if not (math.isfinite(value) and value >= least):
                 raise ConfigurationError(f"{name} must be a finite number of at least {least}, but is {value}.")
-        self.expand, self.noise, self.strength = expand, noise, strength
+        self.expand, self.noise, self.branches, self.strength = expand, noise, branches, strength
         self.start, self.end, self.interval, self.unit = start, end, interval, unit
 
     @override
     def can_prune(self, network: Network) -> bool:
         found = super().can_prune(network)
-        if not found and "grown" not in self.learnt and self.expand > 1:
+        if not found and "grown" not in self.learnt and (self.expand > 1 or self.branches):
             reasons = "; ".join(f"{path}: {reason}" for path, reason in network.graph.refused[:5])
             raise ConfigurationError(f"nothing in this network can grow or be pruned ({reasons}).")
         return found
@@ -121,13 +119,22 @@ class GrowAndPrune(PhasedPruning):
     def prepare(self, network: Network) -> None:
         refuse_repeated_losses(network.optimizers, type(self).__name__)
         super().prepare(network)
+        if self.branches:
+            branch_out(network, self.learnt.setdefault("branches", {}))
         if self.expand > 1:
             grow(network, self._eligible(network), self.expand, self.noise, self.generator("growth"))
         self.learnt.update(grown=self._cost(network)(network.graph.widths), floors={})
 
     @override
     def resume(self, network: Network) -> None:
-        self._gated = self._behind_gates(network)
+        if "branches" in self.learnt:
+            branch_out(network, self.learnt["branches"])
+        self._gated = None
+        if "gates" in self.per_unit:  # what was learnt then holds the weights behind them
+            gates = {name: gate for name, gate in self.per_unit["gates"].items() if name in network.graph.groups}
+            groups = [network.graph.groups[name] for name in gates]
+            self._gated = GatedTraining(groups, network.tensors, gates, self.learnt.get("dense"))
+            self.learnt["dense"] = self._gated.dense
 
     @override
     def before_batch(self, network: Network, position: Position) -> None:
@@ -149,6 +156,8 @@ class GrowAndPrune(PhasedPruning):
 
     @override
     def after_step(self, network: Network, optimizer: Optimizer) -> None:
+        if "branches" in self.learnt:
+            move_branches(network, self.learnt["branches"], optimizer)
         if self._gated is not None:
             self._gated.after_step()
 
@@ -160,7 +169,8 @@ class GrowAndPrune(PhasedPruning):
         self.learnt.pop("dense", None)
         if level == 1:
             self.per_unit.clear()
-        self._gated = self._behind_gates(network)
+            self.learnt.pop("branches", None)
+        self.resume(network)
 
     @override
     def select(self, network: Network, level: float) -> dict[str, Tensor]:
@@ -188,13 +198,3 @@ class GrowAndPrune(PhasedPruning):
         groups, floors = network.graph.groups, self.learnt["floors"]
         weights = {name: entries(groups[name].with_role(*WEIGHT_ROLES), tensors) for name in self._eligible(network)}
         self.per_unit["scales"] = {n: gaussian_scales(w, scale=floors.get(n, 0.0)) for n, w in weights.items()}
-
-    def _behind_gates(self, network: Network) -> GatedTraining | None:
-        """Put the gates, if there are any, before the weights; what was learnt then holds the weights behind them."""
-        if "gates" not in self.per_unit:
-            return None
-        gates = {name: gate for name, gate in self.per_unit["gates"].items() if name in network.graph.groups}
-        groups = [network.graph.groups[name] for name in gates]
-        gated = GatedTraining(groups, network.tensors, gates, self.learnt.get("dense"))
-        self.learnt["dense"] = gated.dense
-        return gated

@@ -14,18 +14,16 @@ from typing_extensions import override
 
 from lightning_prune.callbacks.base import Shrink
 from lightning_prune.callbacks.network import Network
-from lightning_prune.callbacks.phases import PhasedPruning
-from lightning_prune.callbacks.subnets import SubnetTraining
+from lightning_prune.callbacks.subnet_methods import SubnetPruning
 from lightning_prune.choices import unknown_name
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.gated_training import moved_by, refuse_repeated_losses
-from lightning_prune.graph.channels import ChannelGroup
 from lightning_prune.schedules import OneShot, Position, Unit
 from lightning_prune.subnet_search import SubnetSearch, thresholds_for
 from lightning_prune.threshold_net import relative
 
 
-class SearchAndTrain(PhasedPruning):
+class SearchAndTrain(SubnetPruning):
     """Finds a subnet while it trains the network from scratch, in one fit (Lu et al., 2020 and 2023).
 
     After a coarse training of the whole network, subnets are drawn one after another: each channel has an importance,
@@ -33,13 +31,12 @@ class SearchAndTrain(PhasedPruning):
     from the importances. Some optimizer steps move the importances by which channels are multiplied, the others the
     weights of the subnet; what it leaves out keeps its values. After each subnet the small network learns from its loss
     and its cost (REINFORCE). Once subnets hardly change, or time is up, the budget is met by the importances under the
-    learnt shares, the rest is removed, and the subnet trains on. Add :class:`~lightning_prune.Distillation` with the
-    teachers ``["start", "ema"]`` or others to learn from those as well.
+    learnt shares, the rest is removed, and the subnet trains on.
 
     Only an abstract of the later work could be read. Ours are: factors that are a channel's mass relative to the mean
     in the subnet, Adam for the importances, all training by the module's own optimizer and schedule without restarts,
-    the loss of a subnet as the mean over a few batches at its end, shares of the mass made from the budget, and how the
-    budget is met.
+    the loss of a subnet as the mean over a few batches at its end, shares of the mass made from the budget, how the
+    budget is met, and of ``robust`` the whole composition: who teaches, when, and with what weights.
 
     Args:
         remove: Fraction to remove in all, in [0, 1).
@@ -55,6 +52,11 @@ class SearchAndTrain(PhasedPruning):
         cost_weight: How much the cost of a subnet, as a share of the whole, counts against its loss.
         noise: Size of the Gumbel noise on the importances that subnets are drawn by, in the first half of the search.
         batches: Number of batches that the loss of a subnet is measured on.
+        robust: Whether subnets learn half from teachers, each the more for a sample the less it errs on it: the moving
+            average (0.999, less at first) of the coarse network, the subnet with the best reward so far, and
+            ``teachers``. For class scores; costs a run of each teacher in each step, and two more networks in memory.
+        teachers: Paths of checkpoints of further teachers, pruned or not.
+        output_of, labels: As for :class:`~lightning_prune.Distillation`.
         include, exclude, round_to, min_channels, shrink, verify, recalibrate, seed, directory: As for
             :class:`~lightning_prune.ChannelPruning`.
 
@@ -76,7 +78,8 @@ class SearchAndTrain(PhasedPruning):
         cost_weight: float = 2.0, noise: float = 0.05, batches: int = 4, include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None, round_to: int = 1, min_channels: int | float = 1,
         shrink: Shrink = "rounds", verify: bool = True, recalibrate: int = 0, seed: int = 0,
-        directory: str | None = None,
+        directory: str | None = None, robust: bool = False, teachers: Sequence[str] | None = None,
+        output_of: str | None = None, labels: str | int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(
             "l2", remove, of, OneShot(at, unit), include=include, exclude=exclude, round_to=round_to, shrink=shrink,
@@ -93,14 +96,16 @@ class SearchAndTrain(PhasedPruning):
             )
         if thresholds is not None and not (thresholds and all(0 < share <= 1 for share in thresholds)):
             raise ConfigurationError(f"thresholds must be shares in (0, 1], but are {list(thresholds)}.")
+        if teachers and not robust:
+            raise ConfigurationError("teachers are asked only with robust=True: set it, or leave them out.")
         self.coarse, self.at, self.unit, self.iterations, self.batches = coarse, at, unit, iterations, batches
         self.alpha_every, self.alpha_lr, self.variance, self.noise = alpha_every, alpha_lr, variance, noise
         self.thresholds, self.threshold_lr, self.cost_weight = thresholds, threshold_lr, cost_weight
-        self._subnet: SubnetTraining | None = None
+        self.robust, self.teachers, self.output_of, self.labels = robust, teachers, output_of, labels
 
     @override
     def check_phases(self, last: Position) -> None:
-        self._subnet, self.always_finishes = None, False
+        super().check_phases(last)
         steps = last.step * (1 - self.coarse / self.at)
         if steps < self.iterations * self.alpha_every:
             raise ConfigurationError(
@@ -111,7 +116,7 @@ class SearchAndTrain(PhasedPruning):
     @override
     def prepare(self, network: Network) -> None:
         super().prepare(network)
-        groups, draw = self._groups(network), self.generator("importances")
+        groups, draw = self.groups(network), self.generator("importances")
 
         def cost(share: float) -> float:
             widths = {name: math.ceil(share * group.width - 1e-9) for name, group in groups.items()}
@@ -129,19 +134,21 @@ class SearchAndTrain(PhasedPruning):
             state, rates = self.learnt["search"], (self.alpha_lr, self.threshold_lr)
             alpha, keep = self.per_unit["alpha"], self.per_unit["keep"]
             self._search = SubnetSearch(alpha, keep, state, *rates, self.variance, self.seed)
-            if "dense" in self.learnt:
-                self._open(network).enter(self._search.gates())
+            if self.searching:
+                self.open(network).enter(self._search.gates())
+        super().resume(network)
 
     @override
     def before_batch(self, network: Network, position: Position) -> None:
         share = (position.along(self.unit) - self.coarse) / (self.at - self.coarse)
         if share < 0 or not self.under_way(network):
             return
-        subnet = self._subnet or self._open(network)
+        subnet = self._subnet or self.open(network)
         iteration = min(math.floor(share * self.iterations + 1e-9), self.iterations - 1)
         if iteration != self.learnt["iteration"]:
             if self._search.keep:
-                self._search.learn(self._reward(network))
+                self._search.learn(reward := self._reward(network))
+                self.rank_subnet(network, reward)
             noise = self.noise if iteration < self.iterations / 2 else 0.0
             agreement = self._search.draw(noise, self.generator(f"subnet {iteration}"))
             self.learnt.update(iteration=iteration, settled=agreement >= 0.98)
@@ -161,11 +168,6 @@ class SearchAndTrain(PhasedPruning):
             optimizer.zero_grad(set_to_none=True)
 
     @override
-    def after_step(self, network: Network, optimizer: Optimizer) -> None:
-        if self._subnet is not None:
-            self._subnet.after_step()
-
-    @override
     def select(self, network: Network, level: float) -> dict[str, Tensor]:
         return self._selection(network, self._search.standings(self._eligible(network)), level)
 
@@ -183,18 +185,8 @@ class SearchAndTrain(PhasedPruning):
         settled = self._record.get("learnt", {}).get("settled", False)
         return super()._round_if_due(trainer, Position(math.inf, math.inf, 1.0) if settled else position)
 
-    def _open(self, network: Network) -> SubnetTraining:
-        """Begin to train subnets, or go on with it."""
-        self.always_finishes = True  # from now on the network is not whole if the fit is stopped
-        self._subnet = SubnetTraining(self._groups(network), network.tensors, self.learnt.get("dense"))
-        self.learnt["dense"] = self._subnet.dense
-        return self._subnet
-
     def _reward(self, network: Network) -> float:
         """How good the present subnet is."""
         widths = {**network.graph.widths, **{name: int(keep.sum()) for name, keep in self._search.keep.items()}}
         cost = self._cost(network)(widths) / self._dense_cost()
         return -(network.probe.loss(network.probe.batches(self.batches)) + self.cost_weight * cost)
-
-    def _groups(self, network: Network) -> dict[str, ChannelGroup]:
-        return {name: network.graph.groups[name] for name in self._eligible(network)}

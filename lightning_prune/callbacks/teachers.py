@@ -1,14 +1,19 @@
-"""Teachers that come from files, or from an earlier state of the network."""
+"""Teachers, and what they add to the loss of training steps."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lightning import LightningModule
-from torch import Tensor
+import torch
+from lightning import LightningModule, Trainer
+from torch import Tensor, nn
 
+from lightning_prune.callbacks.watching import Call, Seen, one_tensor, outputs_of, watched
 from lightning_prune.checkpoint import load_pruned, resize_to
+from lightning_prune.distillation import Comparison, feature_loss
 from lightning_prune.errors import ConfigurationError
 
 
@@ -48,3 +53,71 @@ def rebuilt(network: LightningModule, state: Mapping[str, Tensor] | None) -> Lig
         resize_to(network, state, {})
     network.load_state_dict(state)
     return network
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What teachers add to the loss of a training step.
+
+    Args:
+        comparison: How outputs are compared.
+        weight: Share of the distillation in the loss.
+        path: Name of the submodule whose output is compared; empty for the module itself.
+        features: Names of modules whose features are compared too.
+        feature_weight: What that is multiplied with.
+    """
+
+    comparison: Comparison
+    weight: float
+    path: str = ""
+    features: Sequence[str] = ()
+    feature_weight: float = 1.0
+
+    def step(
+        self,
+        trainer: Trainer,
+        teachers: Mapping[str, nn.Module],
+        step: Callable[..., Any],
+        args: tuple[Any, ...],
+    ) -> Any:
+        """The user's training step, with the distillation in its loss; without teachers just as it is.
+
+        Args:
+            trainer: The Trainer.
+            teachers: The teachers, by what to call them.
+            step: The step.
+            args: Its arguments, of which the first is the batch.
+
+        Raises:
+            ConfigurationError: If there is nothing to compare, or outputs differ in shape.
+        """
+        student = trainer.lightning_module
+        with watched(student, self.path, self.features) as seen:
+            result = step(*args)
+        loss = result.get("loss") if isinstance(result, Mapping) else result
+        if loss is None:
+            return result
+        calls = outputs_of(trainer, self.path, seen)
+        if not teachers:
+            for call in calls:  # said now rather than when there are several
+                self.comparison.true_classes(one_tensor(call.output, self.path), args[0])
+            return result
+        with trainer.precision_plugin.train_step_context(), torch.no_grad():
+            lessons = {name: self._lesson(teacher, student, calls) for name, teacher in teachers.items()}
+        terms = []
+        for number, call in enumerate(calls):
+            outputs = {name: one_tensor(lesson.calls[number].output, name) for name, lesson in lessons.items()}
+            terms.append(self.comparison.loss(one_tensor(call.output, self.path), outputs, args[0]))
+        features = feature_loss(seen.features, [lesson.features for lesson in lessons.values()])
+        distillation = torch.stack(terms).mean() + self.feature_weight * features.to(terms[0].device)
+        student.log("distillation/loss", distillation.detach())
+        loss = (1 - self.weight) * loss + self.weight * distillation
+        return {**result, "loss": loss} if isinstance(result, Mapping) else loss
+
+    def _lesson(self, teacher: nn.Module, student: nn.Module, calls: Sequence[Call]) -> Seen:
+        """What a teacher makes of the calls of the network."""
+        path = self.path if type(teacher) is type(student) else ""
+        with watched(teacher, path, self.features) as seen:
+            for call in calls:
+                call.again(teacher.get_submodule(path))
+        return seen

@@ -9,6 +9,7 @@ from lightning_prune.choices import chosen
 from lightning_prune.criteria.activations import CHIP, ActivationCriterion, APoZ, HRank, RunCriterion
 from lightning_prune.criteria.base import Criterion, normalise
 from lightning_prune.criteria.geometric import FPGM
+from lightning_prune.criteria.hessian import Hessian
 from lightning_prune.criteria.norms import Norm
 from lightning_prune.criteria.propagation import NISP
 from lightning_prune.criteria.random import Random
@@ -31,13 +32,16 @@ from lightning_prune.criteria.weights import (
     weight_criterion_from,
 )
 
-CriterionName = Literal["l1", "l2", "bn_scale", "taylor", "fpgm", "random", "apoz", "hrank", "chip", "nisp", "thinet"]
+CriterionName = Literal[
+    "l1", "l2", "bn_scale", "taylor", "hessian", "fpgm", "random", "apoz", "hrank", "chip", "nisp", "thinet"
+]  # fmt: skip
 
 _BY_NAME: dict[str, Callable[[], Criterion]] = {
     "l1": lambda: Norm(p=1, slots="producer"),
     "l2": lambda: Norm(p=2, slots="all"),
     "bn_scale": BatchNormScale,
     "taylor": Taylor,
+    "hessian": Hessian,
     "fpgm": FPGM,
     "random": Random,
     "apoz": APoZ,
@@ -76,6 +80,7 @@ __all__ = [
     "CriterionName",
     "GraSP",
     "HRank",
+    "Hessian",
     "Magnitude",
     "Movement",
     "Norm",

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_prune.criteria.activations import UNREAD, RunCriterion, RunningNetwork
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.graph.activations import Reading
+from lightning_prune.surgery.readers import signed_parts
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class ThiNet(RunCriterion):
     count together.
 
     The source compares single entries of the response that it draws at random; here signed sums of all entries of a
-    sample are compared, with random signs, whose squares are on average the squares of all entries. The source's
-    rescaling of the surviving weights by least squares is left out.
+    sample are compared, with random signs, whose squares are on average the squares of all entries. The source then
+    rescales what is left by least squares: that is ``repair="scale"`` of :class:`~lightning_prune.ChannelPruning`.
 
     Args:
         batches: Number of real batches, at least 1.
@@ -54,9 +55,8 @@ class ThiNet(RunCriterion):
         products = {name: torch.zeros(()) for name in wanted}
 
         def observer(reading: Reading) -> None:
-            for _ in range(self.draws if reading.group in wanted else 0):
-                signs = torch.randint(2, reading.response.shape, generator=generator) * 2 - 1
-                parts = reading.contributions(signs)
+            if reading.group in wanted:
+                parts = signed_parts(reading, self.draws, generator)
                 products[reading.group] = products[reading.group].to(parts) + parts.mT @ parts
 
         for run in network.batches:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_prune.graph.channels import Slot
-from lightning_prune.surgery.readers import Readers, Receiver
+from lightning_prune.surgery.mixing import Receiver
+from lightning_prune.surgery.readers import Readers
 
 Before = Sequence[tuple[Mapping[str, Tensor], str, Tensor]]
 """Networks' tensors by full name, the name of one that was changed, and its former value."""
@@ -53,11 +54,40 @@ def regress(
         mean = torch.zeros_like(mean)
     covariance = products - mean[:, :, None] * mean[:, None, :]
     within, across = covariance[:, stay][:, :, stay], covariance[:, stay][:, :, gone]
-    diagonal = within.diagonal(dim1=1, dim2=2)
-    # Units that never vary have nothing to tell: the least addition keeps their slopes at 0.
-    added = (ridge * diagonal.mean(1)).clamp_min(torch.finfo(torch.float32).tiny)
-    slopes = torch.linalg.solve(within + torch.diag_embed(added[:, None].expand_as(diagonal)), across).mT
+    slopes = _solved(within, across, ridge).mT
     return Regression(slopes, mean[:, gone] - (slopes @ mean[:, stay, None]).squeeze(2))
+
+
+def scales(products: Tensor, gone: Tensor, stay: Tensor, ridge: float = 1e-3) -> Tensor:
+    """Factors of the staying units by which their sum comes nearest to that of all units (Luo et al., 2017).
+
+    Args:
+        products: Inner products of what the units add to a response, ``[units, units]``.
+        gone: Removed units, a bool mask.
+        stay: Staying units, a bool mask.
+        ridge: How strongly factors are drawn towards 1, relative to the mean diagonal of the products.
+
+    Returns:
+        Shape ``[staying]``.
+
+    Example:
+        >>> parts = torch.tensor([[1.0, 0.0, 3.0], [0.0, 1.0, -0.5]])  # the third is 3, -0.5 of the others
+        >>> gone = torch.tensor([False, False, True])
+        >>> scales(parts.T @ parts, gone, ~gone, ridge=0.0)
+        tensor([4.0000, 0.5000], dtype=torch.float64)
+    """
+    products, gone, stay = products.detach().cpu().double(), gone.cpu(), stay.cpu()
+    missing = products[stay][:, gone].sum(1, keepdim=True)
+    return 1 + _solved(products[stay][:, stay], missing, ridge).squeeze(1)
+
+
+def _solved(within: Tensor, across: Tensor, ridge: float) -> Tensor:
+    """Solution of symmetric equations with a ridge relative to their mean diagonal."""
+    diagonal = within.diagonal(dim1=-2, dim2=-1)
+    # Units that never vary have nothing to tell: the least addition keeps their part at 0.
+    added = (ridge * diagonal.mean(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
+    solution: Tensor = torch.linalg.solve(within + torch.diag_embed(added.expand_as(diagonal)), across)
+    return solution
 
 
 def kernels(weight: Tensor, slot: Slot, outputs: Sequence[int]) -> Tensor:
@@ -96,7 +126,7 @@ def absorb(
         slot: Where the tensor reads the units.
         outputs: Its dimensions along which outputs are made.
         receiver: What takes up the constant; None leaves it out.
-        reach: What :func:`~lightning_prune.surgery.readers.coverage` says of the tensor.
+        reach: What :func:`~lightning_prune.surgery.mixing.coverage` says of the tensor.
         gone: Removed units, a bool mask.
         stay: Staying units, a bool mask.
         regression: The removed units as a function of the staying ones.
@@ -124,12 +154,36 @@ def absorb(
     weight.index_add_(slot.dim, slot.positions(stay).to(weight.device), taken.to(weight.dtype))
 
 
+def rescale(tensors: Mapping[str, Tensor], slot: Slot, stay: Tensor, factors: Tensor) -> None:
+    """Multiply what a tensor makes of the staying units.
+
+    Args:
+        tensors: Parameters and buffers by full name.
+        slot: Where the tensor reads the units.
+        stay: Staying units, a bool mask.
+        factors: A factor for each of them.
+
+    Example:
+        >>> slot = Slot("head.weight", 1, torch.arange(4).view(2, 2), "consumer")
+        >>> tensors = {"head.weight": torch.ones(1, 4)}
+        >>> rescale(tensors, slot, torch.tensor([False, True]), torch.tensor([3.0]))
+        >>> tensors["head.weight"]
+        tensor([[1., 1., 3., 3.]])
+    """
+    weight = tensors[slot.tensor].detach()
+    positions = slot.positions(stay.cpu()).to(weight.device)
+    values = factors.repeat_interleave(slot.index.shape[1]).to(weight)
+    along = values.view([-1 if dim == slot.dim else 1 for dim in range(weight.dim())])
+    weight.index_copy_(slot.dim, positions, weight.index_select(slot.dim, positions) * along)
+
+
 def hand_over(
     copies: Sequence[Mapping[str, Tensor]],
     readers: Readers,
     keep: Mapping[str, Tensor],
     alive: Mapping[str, Tensor],
     ridge: float,
+    how: Literal["scale", "regression"] = "regression",
 ) -> Before:
     """Have the units that stay take over from those that go, wherever that is proven to be possible.
 
@@ -138,7 +192,9 @@ def hand_over(
         readers: What reads the units.
         keep: The units that stay, bool masks by group name.
         alive: The units that were there.
-        ridge: As for :func:`regress`.
+        ridge: As for :func:`regress` and :func:`scales`.
+        how: By a factor for each unit that stays (see :func:`scales`), or by all that they tell of each that goes (see
+            :func:`regress`).
 
     Returns:
         What :func:`put_back` takes.
@@ -152,9 +208,14 @@ def hand_over(
             changed.update({tensor: None, **({reader.receiver.tensor: None} if reader.receiver else {})})
     before = [(copy, name, copy[name].detach().clone()) for copy in copies for name in changed]
     for reader, gone, stay in plans:
-        regression = regress(reader.mean, reader.products, gone, stay, ridge, reader.receiver is not None)
-        for copy in copies:
-            absorb(copy, reader.slot, reader.outputs, reader.receiver, reader.reach, gone, stay, regression)
+        if how == "scale":
+            factors = scales(reader.parts, gone, stay, ridge)
+            for copy in copies:
+                rescale(copy, reader.slot, stay, factors)
+        else:
+            known = regress(reader.mean, reader.products, gone, stay, ridge, reader.receiver is not None)
+            for copy in copies:
+                absorb(copy, reader.slot, reader.outputs, reader.receiver, reader.reach, gone, stay, known)
     return before
 
 

@@ -20,6 +20,7 @@ FLOORS = [
     | {
         "annealing",
         "bayes",
+        "branches",
         "buckets",
         "distillation",
         "effective",
@@ -30,7 +31,7 @@ FLOORS = [
         "penalties",
     }
     | {"penalties", "projection", "reparameterise", "rewiring", "scoring", "search", "subnet_search", "threshold_net"},
-    {"probe", "checkpoint", "callbacks", "datamodules", "export", "recipes"},
+    {"probe", "sensitivity", "checkpoint", "callbacks", "datamodules", "export", "recipes"},
     {"lightning_cli", "demo", "cli", "__init__", "__main__"},
 ]
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}

@@ -85,6 +85,67 @@ def test_inspect_prints_groups_refusals_and_costs(capsys):
     assert "net.11.weight (dim 0): is an output of the network" in out
 
 
+SENSITIVITY = ["inspect", "lightning_prune.recipes.DigitsResNet", "--sensitivity", "--batches", "1"]
+DIGITS = ["--data", "lightning_prune.datamodules.DigitsDataModule"]
+TINY = ["--init", '{"width": 4, "blocks": 1}']
+
+
+def test_inspect_measures_the_sensitivity_of_a_checkpoint(capsys, tmp_path):
+    from lightning_prune.recipes import DigitsResNet
+
+    torch.manual_seed(0)
+    model = DigitsResNet(width=4, blocks=1)
+    with torch.no_grad():
+        model.net[-1].bias[3] = 50.0  # one class of ten is right about a tenth of the time
+    saved = {"state_dict": model.state_dict(), "pytorch-lightning_version": "2.6.0", "hyper_parameters": {}}
+    torch.save(saved, tmp_path / "net.ckpt")
+    words = [
+        *SENSITIVITY,
+        *TINY,
+        *DIGITS,
+        "--data_init",
+        '{"batch_size": 50}',
+        "--checkpoint",
+        str(tmp_path / "net.ckpt"),
+    ]
+    options = ["--shares", "[0.5]", "--tolerate", "1%", "--save", str(tmp_path / "out")]
+    status, out, err = said(capsys, [*words, *options])
+    assert status == 0, err
+    assert float(re.search(r"([\d.]+) with nothing off", out).group(1)) > 30
+    ratios = json.loads(out.strip().splitlines()[-1])
+    assert re.search(r"^net\.0 +4 +[\d.]+$", out, re.MULTILINE)
+    assert set(ratios) >= {"net.0", "net.5.conv1"}
+    assert set(ratios.values()) <= {0.0, 0.5}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "sensitivity.csv", "sensitivity.png", "sensitivity.txt"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (
+            ["inspect", "torchvision.models.resnet18", "--shape", "[2,3,32,32]", "--sensitivity"],
+            "is no LightningModule",
+        ),
+        ([*SENSITIVITY, *TINY], "cannot be validated"),
+        (
+            [*SENSITIVITY, *TINY, "--data", "lightning_prune.datamodules.DigitsDataModul"],
+            "did you mean 'DigitsDataModule'",
+        ),
+        ([*SENSITIVITY, *TINY, "--data", "lightning_prune.OneShot"], "makes a OneShot, not a LightningDataModule"),
+        ([*SENSITIVITY, *TINY, *DIGITS, "--tolerate", "much"], "is a rise of the loss such as 0.05 or 5%"),
+        ([*SENSITIVITY, *TINY, *DIGITS, "--monitor", "val_los"], "did you mean 'val_loss'"),
+        ([*SENSITIVITY, *TINY, *DIGITS, "--batches", "0"], "at least 1"),
+        ([*SENSITIVITY, *TINY, "--checkpoint", "none.ckpt"], "none.ckpt"),
+    ],
+)
+def test_what_cannot_be_measured_gets_help(capsys, words, hint):
+    status, _, err = said(capsys, words)
+    assert status == 2
+    assert hint in err
+
+
 def test_print_config_shows_every_default(capsys):
     status, out, _ = said(capsys, ["fit", "--config", str(EXAMPLE), "--print_config"])
     assert status == 0

@@ -10,6 +10,7 @@ from torch.nn import functional
 from lightning_prune.criteria import (
     FPGM,
     BatchNormScale,
+    Hessian,
     Norm,
     Random,
     Taylor,
@@ -125,6 +126,39 @@ def test_taylor_needs_a_batch() -> None:
         Taylor(batches=0)
 
 
+def test_hessian_is_half_of_squared_weight_times_gradient_over_all_parameters_of_the_group() -> None:
+    group, tensors = small_group()
+    gradients = {
+        "fc.weight": torch.tensor([[1.0, 0.5], [-2.0, 7.0]]),
+        "fc.bias": torch.tensor([2.0, 3.0]),
+        "bn.weight": torch.tensor([4.0, 0.0]),
+        "head.weight": torch.tensor([[1.0, 0.0, 1.0, 2.0]]),
+    }
+    # (9 + 4 + 16 + 4 + 1 + 0) / 2 and (4 + 0 + 9 + 0 + 9 + 64) / 2
+    hessian = criterion_from("hessian")
+    assert hessian.score(group, tensors, gradients, generator()).tolist() == [17.0, 43.0]
+    # A gate that is a buffer has no gradient: without (-0.5 * 4)^2.
+    del gradients["bn.weight"]
+    assert hessian.score(group, tensors, gradients, generator()).tolist() == [15.0, 43.0]
+
+
+def test_hessian_is_optimal_brain_damage_where_the_fisher_matrix_is_the_hessian() -> None:
+    # Loss (w - y)^2 / 2 with y drawn from N(w, 1): the second derivative is 1, and so is the mean square of w - y.
+    reads = Slot("weight", 0, each(2), "producer")
+    group, weight = ChannelGroup("fc", (reads,), (reads,)), torch.tensor([3.0, -4.0])
+    noise = torch.randn(4000, 2, generator=generator())
+    scores = [Hessian().score(group, {"weight": weight}, {"weight": one}, generator()) for one in noise[:, :, None]]
+    torch.testing.assert_close(torch.stack(scores).mean(0), torch.tensor([4.5, 8.0]), rtol=0.1, atol=0)
+
+
+def test_hessian_names_a_missing_gradient_and_needs_a_batch() -> None:
+    group, tensors = small_group()
+    with pytest.raises(PruneError, match=r"fc\.weight"):
+        Hessian().score(group, tensors, {}, generator())
+    with pytest.raises(ConfigurationError, match="batches"):
+        Hessian(batches=0)
+
+
 def test_fpgm_sums_distances_to_all_other_filters() -> None:
     group = ChannelGroup("conv", (Slot("conv.weight", 0, each(3), "producer"),), ())
     weight = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 4.0]]).reshape(3, 1, 1, 2)
@@ -150,7 +184,7 @@ def test_random_draws_from_the_generator_alone() -> None:
     assert not torch.equal(first, Random().score(group, tensors, {}, generator(2)))
 
 
-@pytest.mark.parametrize("name", ["l1", "l2", "bn_scale", "taylor", "fpgm", "random"])
+@pytest.mark.parametrize("name", ["l1", "l2", "bn_scale", "taylor", "hessian", "fpgm", "random"])
 def test_scoring_changes_nothing_and_ranks_every_unit(name: str) -> None:
     group, tensors = small_group()
     before = copy.deepcopy(tensors)

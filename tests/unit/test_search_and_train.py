@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 
 import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy, kl_div
 
 from lightning_prune import BudgetError, ConfigurationError, SearchAndTrain, trace
 from lightning_prune.callbacks.subnets import SubnetTraining
+from lightning_prune.distillation import move_average
 from lightning_prune.effective import ChannelGates, EffectiveWeights
 from lightning_prune.subnet_search import thresholds_for
 from lightning_prune.threshold_net import ThresholdNet, importance_gradients, prefix, relative, standing, statistics
-from tests.fits import BATCHES, SmallNet, equal, fit, small_net, widths
+from tests.fits import BATCHES, SmallNet, equal, fit, loader, small_net, surface, trainer, widths
 
 
 def searching(**arguments):
@@ -269,3 +272,126 @@ def test_an_optimizer_that_computes_the_loss_again_is_refused():
 
     with pytest.raises(ConfigurationError, match="LBFGS"):
         fit(searching(), module=Newton())
+
+
+def test_an_average_that_is_young_forgets_fast():
+    average, count = {"weight": torch.tensor([7.0]), "batches": torch.tensor(1)}, torch.tensor(5)
+    values = (4.0, 14.0, 3.0)
+    # Nothing of 7 stays; then 1/10 of 4, which makes 13; then 2/11, or 0.1 if that is the decay.
+    for decay, last in ((0.999, 2 / 11 * 13 + 9 / 11 * 3), (0.1, 4.0)):
+        for updates, value in enumerate(values):
+            move_average(average, {"weight": torch.tensor([value]), "batches": count}, updates, decay)
+        assert average["weight"].item() == pytest.approx(last)
+    assert average["batches"] == 5
+    move_average(average, {"weight": torch.tensor([1003.0]), "batches": count}, 10**6, 0.999)
+    assert average["weight"].item() == pytest.approx(4 + 0.999)
+
+
+class Ranked(SearchAndTrain):
+    """Finds its second subnet the best of three."""
+
+    def _reward(self, network):
+        super()._reward(network)
+        return (-2.0, -1.0, -1.5)[self.learnt["iteration"]]
+
+
+class Lessons(L.Callback):
+    """What the network and its teachers are before and after each step, and what the loss of a subnet should be."""
+
+    def __init__(self, pruning, other):
+        self.pruning, self.other, self.losses, self.held, self.taught = pruning, other, {}, {}, {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if not self.pruning.searching:
+            return
+        taught = self.pruning.learnt["teachers"]
+        self.taught[trainer.global_step] = copy.deepcopy({name: taught[name] for name in ("coarse", "best", "reward")})
+        teachers = [self.other]
+        for name in ("coarse", "best") if taught["reward"] > -9 else ("coarse",):
+            teachers.append(small_net())
+            teachers[-1].load_state_dict(taught[name])
+        network = small_net()
+        network.load_state_dict(pl_module.state_dict())
+        with torch.no_grad():
+            scores, wanted = network(batch[0]), [teacher.eval()(batch[0]) for teacher in teachers]
+            counts = torch.stack([-cross_entropy(one, batch[1], reduction="none") for one in wanted]).softmax(0)
+            apart = [kl_div((scores / 4).log_softmax(1), (w / 4).softmax(1), reduction="none").sum(1) for w in wanted]
+            teaching = (counts * torch.stack(apart)).sum(0).mean()
+            expected = 0.5 * cross_entropy(scores, batch[1]) + 0.5 * 16 * teaching
+        self.losses[trainer.global_step] = [len(teachers), expected.item()]
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        step = trainer.global_step
+        self.held[step] = {name: value.clone() for name, value in pl_module.state_dict().items()}
+        if step - 1 in self.losses:
+            self.losses[step - 1].append(outputs["loss"].item())
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    other, path = small_net(seed=4), tmp_path_factory.mktemp("teacher") / "other.ckpt"
+    used = trainer(epochs=1)
+    used.fit(other, loader())
+    used.save_checkpoint(path)
+    callback = Ranked(
+        of="channels", coarse=1, at=4, unit="epoch", iterations=4, alpha_every=3, batches=1, robust=True,
+        teachers=[str(path)],
+    )  # fmt: skip
+    lessons, module = Lessons(callback, other), small_net()
+    before = surface(module)
+    module, used = fit(callback, lessons, module=module, epochs=5)
+    assert surface(module) == before
+    assert "training_step" not in vars(used.strategy)
+    return callback, lessons
+
+
+def test_the_loss_of_a_subnet_is_half_that_of_teachers_weighed_by_their_errors(taught):
+    _, lessons = taught
+    assert list(lessons.losses) == list(range(BATCHES, 4 * BATCHES))
+    assert [count for count, *_ in lessons.losses.values()][:: BATCHES - 1] == [2, 3, 3, 3]
+    for _, expected, found in lessons.losses.values():
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_coarse_network_teaches_as_its_average_which_ends_with_it(taught):
+    _, lessons = taught
+    expected = None
+    for step in range(1, BATCHES + 1):
+        share = (step - 1) / (step + 8)
+        now = lessons.held[step]["net.4.weight"]
+        expected = now if expected is None else share * expected + (1 - share) * now
+    for state in lessons.taught.values():
+        torch.testing.assert_close(state["coarse"]["net.4.weight"], expected)
+
+
+def test_the_best_subnet_teaches_from_its_end_on(taught):
+    callback, lessons = taught
+    rewards = [state["reward"] for state in lessons.taught.values()]
+    changes = [BATCHES + n for n in range(1, len(rewards)) if rewards[n] != rewards[n - 1]]
+    assert [rewards[step - BATCHES] for step in changes] == [-2.0, -1.0]
+    for step in changes:
+        assert equal(lessons.taught[step]["best"], lessons.held[step])
+    assert equal(lessons.taught[4 * BATCHES - 1]["best"], lessons.held[changes[1]])
+    assert "teachers" not in callback.learnt
+
+
+def test_before_there_is_a_subnet_training_is_as_without_teachers(taught):
+    _, lessons = taught
+    assert equal(lessons.held[BATCHES], dict(fit(epochs=1)[0].state_dict()))
+
+
+def test_outputs_that_are_no_class_scores_are_refused_at_the_first_step():
+    class Values(SmallNet):
+        def training_step(self, batch, batch_idx):
+            return (self(batch[0]) - batch[1][:, None]).square().mean()
+
+    data = torch.utils.data.DataLoader([(torch.randn(2, 6, 6), torch.randn(())) for _ in range(48)], batch_size=8)
+    with pytest.raises(ConfigurationError, match="0 tensors of the batch"):
+        fit(searching(robust=True), module=Values(), data=data)
+
+
+def test_teachers_that_nobody_asks_are_refused():
+    with pytest.raises(ConfigurationError, match="only with robust=True"):
+        searching(teachers=["some.ckpt"])
+    with pytest.raises(ConfigurationError, match=r"no checkpoint 'some\.ckpt'"):
+        fit(searching(teachers=["some.ckpt"], robust=True))

@@ -25,6 +25,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from examples.studies.common import Cells, Data, accuracy, arguments, batches, load, made_by
+from examples.studies.common import Cells, Data, accuracy, arguments, batches, load, publish
 from lightning_prune import ChannelPruning, DecisionPatternPruning, PruningCallback, WidthSearch
 
 PRESETS = ["source", "sound"]
@@ -47,7 +48,7 @@ class Perceptron(L.LightningModule):
         hidden = nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
         self.net, self.preset = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, 10)), preset
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         return self.net(images)
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -88,25 +89,26 @@ def main() -> None:
                     for method in options.methods:
                         own = {"method": method, "reinit": reinit, "asked": width}
                         key = pruned | own | {"seed": seed, "preset": preset}
-                        cells.run(key, lambda key=key: pruned_once(key, data, options))
+                        cells.run(key, partial(pruned_once, key, data, options))
             if options.search_epochs:
                 key = searched | {"seed": seed, "preset": preset}
-                cells.run(key, lambda key=key: searched_for(key, data, options))
+                cells.run(key, partial(searched_for, key, data, options))
     mine = [row for row in cells if row["seed"] in options.seeds and row["preset"] in options.presets]
     once = [row for row in mine if pruned.items() <= row.items() and row["asked"] in options.widths]
-    text = f"# Decision patterns\n\n{(__doc__ or '').strip()}\n\n{made_by()}\n\n" + table(
-        [row for row in once if row["method"] in options.methods and row["reinit"] in options.reinits],
-        [row for row in mine if searched.items() <= row.items()],
-    )
-    print(text)
-    if options.out is not None:
-        options.out.write_text(text)
+    shown = [row for row in once if row["method"] in options.methods and row["reinit"] in options.reinits]
+    found = table(shown, [row for row in mine if searched.items() <= row.items()])
+    publish("Decision patterns", __doc__, options, found)
 
 
 def pruned_once(key: dict[str, Any], data: Data, options: Any) -> dict[str, Any]:
-    budget = {"remove": 1 - key["asked"] / options.start, "of": "channels", "scope": "group", "seed": key["seed"]}
+    budget: dict[str, Any] = {
+        "remove": 1 - key["asked"] / options.start,
+        "of": "channels",
+        "scope": "group",
+        "seed": key["seed"],
+    }
     how = budget | {"reinit": key["reinit"], "schedule": "one_shot"}
-    by_score = {"magnitude": "l2", "random": "random"}
+    by_score: dict[str, Any] = {"magnitude": "l2", "random": "random"}
     patterns = key["method"] not in by_score
     callback = DecisionPatternPruning(**how) if patterns else ChannelPruning(by_score[key["method"]], **how)
     started = time.monotonic()
@@ -170,7 +172,7 @@ def table(pruned: Sequence[dict[str, Any]], searched: Sequence[dict[str, Any]]) 
     for preset in sorted({row["preset"] for row in searched}):
         rows = [row for row in searched if row["preset"] == preset]
         lines.append(line(rows, preset, "search", "random", statistics.fmean(row["spread"] for row in rows)))
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def line(rows: Sequence[dict[str, Any]], preset: str, way: str, reinit: str, spread: float) -> str:

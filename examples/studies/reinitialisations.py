@@ -31,9 +31,10 @@ from examples.studies.common import (
     accuracy,
     arguments,
     fit,
-    load,
-    made_by,
+    fresh,
+    in_random_order,
     paired_table,
+    publish,
 )
 from lightning_prune import (
     ChannelLotteryTicket,
@@ -63,17 +64,14 @@ def main() -> None:
     options = parser.parse_args()
     cells = Cells(options.work / "cells.jsonl")
     for task in options.tasks:
-        data = load(TASKS[task].data, options.data_dir, options.train)
+        data = TASKS[task].load(options.data_dir, options.train)
         for seed in options.seeds:
             study(task, seed, data, cells, options)
     rows = [row for row in cells if common(options).items() <= row.items()]
     rows = [row for row in rows if row["net"] in options.tasks and row["seed"] in options.seeds]
     rows.sort(key=lambda row: (row["net"], row["units"], row["sparsity"], ORDER.index(row["method"])))
     table = paired_table(rows, ["net", "units", "sparsity"], "rewind", "accuracy", ["after 1 epoch", "steps to 95 %"])
-    text = f"# Reinitialisations of tickets\n\n{(__doc__ or '').strip()}\n\n{made_by()}\n\n{table}\n"
-    print(text)
-    if options.out is not None:
-        options.out.write_text(text)
+    publish("Reinitialisations of tickets", __doc__, options, table)
 
 
 def common(options: Any) -> dict[str, Any]:
@@ -99,12 +97,6 @@ def matches(row: dict[str, Any], task: str, units: str, seed: int, options: Any)
     return dense.items() <= row.items()
 
 
-def fresh(task: str, seed: int, options: Any) -> Classifier:
-    """The net at its initialisation, the same for all methods of a seed."""
-    L.seed_everything(seed, verbose=False)
-    return Constant(TASKS[task].net(), options.rate)
-
-
 class Constant(Classifier):
     """Adam at a constant rate."""
 
@@ -117,10 +109,10 @@ def ticket(task: str, units: str, sparsity: float, seed: int, data: Data, option
     file: Path = options.work / f"{task}-{units}-{sparsity}-{seed}-{options.epochs}-{options.rate}-{options.train}.pt"
     if not file.exists():
         rounds = math.ceil(math.log(1 - sparsity) / math.log(KEPT_IN_A_ROUND))
-        shared = {"remove": sparsity, "rounds": rounds, "shrink": "never", "seed": seed}
+        shared: dict[str, Any] = {"remove": sparsity, "rounds": rounds, "shrink": "never", "seed": seed}
         keeping = Keeping()
         callback = LotteryTicket(**shared) if units == "weights" else ChannelLotteryTicket(of="channels", **shared)
-        module = fresh(task, seed, options)
+        module = fresh(task, seed, options.rate, Constant)
         fit(module, data.train, options.epochs * (rounds + 1), callback, keeping)
         torch.save({"masks": keeping.masks, "trained": module.state_dict()}, file)
     found: dict[str, Any] = torch.load(file, weights_only=True)
@@ -160,13 +152,13 @@ class GivenChannels(Criterion):
 
 
 def moved(mask: Tensor, shuffled: bool, generator: torch.Generator) -> Tensor:
-    return mask.flatten()[torch.randperm(mask.numel(), generator=generator)].view(mask.shape) if shuffled else mask
+    return in_random_order(mask, generator) if shuffled else mask
 
 
 def start(units: str, sparsity: float, method: str, masks: dict[str, Tensor], seed: int) -> PruningCallback:
     """Prunes to the ticket before the first step, and gives its weights new values."""
     random = method == "random mask"
-    shared = {"schedule": OneShot(0, "step"), "reinit": "rewind" if random else method, "seed": seed}
+    shared: dict[str, Any] = {"schedule": OneShot(0, "step"), "reinit": "rewind" if random else method, "seed": seed}
     if units == "weights":
         return WeightPruning(Given(masks, random), remove=sparsity, shrink="never", **shared)
     return ChannelPruning(GivenChannels(masks, random), remove=sparsity, of="channels", shrink="end", **shared)
@@ -176,7 +168,7 @@ def trained(
     task: str, key: dict[str, Any], data: Data, found: dict[str, Any] | None, goal: float | None, options: Any
 ) -> dict[str, Any]:
     """A training of a ticket, or, where none is given, of the dense net."""
-    module = fresh(task, key["seed"], options)
+    module = fresh(task, key["seed"], options.rate, Constant)
     callbacks: list[L.Callback] = [looking := Looking(data.validation, goal, options.look)]
     if found is not None:
         callbacks.append(start(key["units"], key["sparsity"], key["method"], found["masks"], key["seed"]))

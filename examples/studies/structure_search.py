@@ -1,0 +1,119 @@
+"""Time and accuracy to a compact net: search and training in one fit, or pre-training, pruning and fine-tuning.
+
+    python -m examples.studies.structure_search --data_dir DATA --work runs/structure_search --test \\
+        --out examples/results/structure_search.md
+
+`search and train` takes `--epochs` epochs in all; `with teachers` learns from the moving average of its own weights as
+well. `l1`, `slimming` and `group norm` train the whole net for `--epochs` epochs, the latter two under their penalty,
+prune it in one round and fine-tune for `--tuning` epochs, each with a cosine schedule of its own. `l1, one fit` prunes
+half way through as many epochs as the search has, `random` does so at the ratios of l2. `dense` is not pruned. All
+others remove the same share of the multiply-accumulates.
+
+`training GMACs` are those of all training steps, at the widths that the network has at each of them: three times those
+of a forward for each image, and those of the teacher's forward. What is spent on evaluating subnets or channels shows
+in the seconds alone.
+
+Defaults are modest: small nets, images of half the size, and 10,000 of them. For more, `--tasks small-conv
+small-resnet --train 45000 --epochs 30 --tuning 30`, and `--precision bf16-mixed` where the processor has instructions
+for it. Several processes may share the seeds of one `--work` folder, and a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+
+from examples.studies.common import (
+    SMALL,
+    TASKS,
+    Classifier,
+    Shuffled,
+    Spent,
+    add_precision,
+    fit_arguments,
+    fresh,
+    grid,
+    paired_table,
+    publish,
+    results,
+    trained,
+)
+from lightning_prune import (
+    ChannelPruning,
+    Distillation,
+    OneShot,
+    PruningCallback,
+    RegularisedPruning,
+    SearchAndTrain,
+)
+
+METHODS: dict[str, Callable[..., PruningCallback | None]] = {
+    "dense": lambda **_: None,
+    "search and train": lambda schedule, **rest: SearchAndTrain(**rest),
+    "search and train, with teachers": lambda schedule, **rest: SearchAndTrain(**rest),
+    "l1": lambda **rest: ChannelPruning("l1", **rest),
+    "slimming": lambda **rest: RegularisedPruning("slimming", criterion="bn_scale", **rest),
+    "group norm": lambda **rest: RegularisedPruning("group_norm", **rest),
+    "l1, one fit": lambda schedule, **rest: ChannelPruning("l1", schedule=OneShot(0.5), **rest),
+    "random, one fit": lambda schedule, **rest: ChannelPruning(Shuffled(), schedule=OneShot(0.5), **rest),
+}
+PRE_TRAINED = ["l1", "slimming", "group norm"]
+
+
+def main() -> None:
+    parser = fit_arguments(__doc__, list(METHODS), SMALL, epochs=10, train=10_000)
+    parser.add_argument("--tuning", type=int, default=10, help="epochs after pruning a net that was trained before")
+    parser.add_argument("--removed", type=float, nargs="+", default=[0.5, 0.7], help="shares of the MACs")
+    add_precision(parser)
+    options = parser.parse_args()
+    keys = [
+        key | ({"tuning": options.tuning} if key["method"] in PRE_TRAINED else {})
+        for key in grid(options, "removed", options.removed, "precision")
+    ]
+    rows = results(keys, lambda key: measured(key, options), options)
+    more = ["reached", "epochs in all", "training GMACs", "seconds", "CPU seconds"]
+    table = paired_table(rows, ["net", "removed"], "search and train", "accuracy", more)
+    publish("Structure search", __doc__, options, table)
+
+
+def measured(key: dict[str, Any], options: Any) -> dict[str, Any]:
+    """The result of one way to a compact net."""
+    task, before = key["net"], options.epochs * TASKS[key["net"]].passes
+    pruning = METHODS[key["method"]](remove=key["removed"], seed=key["seed"], schedule=OneShot(before, "epoch"))
+    if key["method"] in PRE_TRAINED:
+        module: Classifier = fresh(task, key["seed"], options.rate, TrainedTwice)
+        epochs = options.epochs + options.tuning
+        module.first = options.epochs / epochs
+        return trained(module, task, pruning, options, epochs=epochs) | {"epochs in all": epochs}
+    module = fresh(task, key["seed"], options.rate)
+    # The moving average always is as wide as the network.
+    teacher = Spent(forwards=1) if key["method"].endswith("teachers") else None
+    beside: list[L.Callback] = [Distillation("ema"), teacher] if teacher else []
+    found = trained(module, task, pruning, options, *beside) | {"epochs in all": options.epochs}
+    return found | {"training GMACs": found["training GMACs"] + (teacher.macs / 1e9 if teacher else 0.0)}
+
+
+class TrainedTwice(Classifier):
+    """A training and a second one behind it, each with its own cosine schedule."""
+
+    first = 0.5
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), self.rate)
+        steps = int(self.trainer.estimated_stepping_batches)
+        border = round(self.first * steps)
+
+        def factor(step: int) -> float:
+            done = step / border if step < border else (step - border) / max(steps - border, 1)
+            return (1 + math.cos(math.pi * done)) / 2
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+if __name__ == "__main__":
+    main()

@@ -28,7 +28,8 @@ class EdgePopup(RandomNetwork):
             kernel (``"erk"``), or all share one (``"global"``).
         init: Law that the weights are drawn from anew: ``"kaiming_normal"``, ``"kaiming_uniform"``,
             ``"signed_constant"`` (signs of a draw times one number per tensor), or ``"keep"`` for the module's own.
-        optimizer: What moves the scores: ``"sgd"`` with momentum as in the source, ``"adam"`` or ``"lion"``.
+        optimizer: What moves the scores: ``"sgd"`` with momentum as in the source, ``"normalised_sgd"``,
+            ``"adam"`` or ``"lion"``.
         lr: Its learning rate at the start of the fit.
         momentum: Momentum of ``"sgd"``.
         weight_decay: Weight decay of the scores.

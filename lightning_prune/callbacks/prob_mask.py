@@ -28,7 +28,8 @@ class ProbMask(RandomNetwork):
             kernel (``"erk"``), or all share one (``"global"``).
         init: Law that the weights are drawn from anew: ``"kaiming_normal"``, ``"kaiming_uniform"``,
             ``"signed_constant"`` (signs of a draw times one number per tensor), or ``"keep"`` for the module's own.
-        optimizer: What moves the probabilities: ``"adam"`` as in the source, ``"sgd"`` or ``"lion"``.
+        optimizer: What moves the probabilities: ``"adam"`` as in the source, ``"sgd"``, ``"normalised_sgd"`` or
+            ``"lion"``.
         lr: Its learning rate at the start of the fit.
         momentum: Momentum of ``"sgd"``.
         temperature: Temperatures of the draws at the start of the fit and at its end; they fall along a line.

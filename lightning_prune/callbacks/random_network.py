@@ -21,11 +21,12 @@ from lightning_prune.choices import unknown_name
 from lightning_prune.effective import EffectiveWeights
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.lion import Lion
+from lightning_prune.normalised_sgd import NormalisedSGD
 from lightning_prune.schedules import OneShot, Position
 from lightning_prune.weight_budget import Scope, select_weights
 
 Init = Literal["kaiming_normal", "kaiming_uniform", "signed_constant", "keep"]
-Step = Literal["sgd", "adam", "lion"]
+Step = Literal["sgd", "normalised_sgd", "adam", "lion"]
 _AT_THE_END = OneShot(at=1 - 1e-6)
 
 
@@ -68,7 +69,7 @@ class RandomNetwork(PruningCallback):
         for kind, name, known in (
             ("scope", scope, ["global", "layer", "erk"]),
             ("init", init, list(_INITS)),
-            ("optimizer of the scores", optimizer, ["sgd", "adam", "lion"]),
+            ("optimizer of the scores", optimizer, ["sgd", "normalised_sgd", "adam", "lion"]),
             ("shrink", shrink, ["end", "never"]),
         ):
             if name not in known:
@@ -252,8 +253,9 @@ class RandomNetwork(PruningCallback):
 
     def _new_optimizer(self, scores: Sequence[Tensor]) -> Optimizer:
         scores = list(scores)
-        if self.optimizer == "sgd":
-            return SGD(scores, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        if self.optimizer in ("sgd", "normalised_sgd"):
+            plain = SGD if self.optimizer == "sgd" else NormalisedSGD
+            return plain(scores, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
         kind = Adam if self.optimizer == "adam" else Lion
         return kind(scores, self.lr, weight_decay=self.weight_decay)
 

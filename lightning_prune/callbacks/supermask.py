@@ -26,7 +26,7 @@ class Supermask(RandomNetwork):
             kernel (``"erk"``), or all share one (``"global"``).
         init: Law that the weights are drawn from anew: ``"kaiming_normal"``, ``"kaiming_uniform"``,
             ``"signed_constant"`` (signs of a draw times one number per tensor), or ``"keep"`` for the module's own.
-        optimizer: What moves the scores: ``"sgd"``, ``"adam"`` or ``"lion"``.
+        optimizer: What moves the scores: ``"sgd"``, ``"normalised_sgd"``, ``"adam"`` or ``"lion"``.
         lr: Its learning rate at the start of the fit; with ``"sgd"`` it has to be high.
         momentum: Momentum of ``"sgd"``.
         include, exclude: As for :class:`~lightning_prune.WeightPruning`; all others are frozen as they are.

@@ -27,6 +27,7 @@ FLOORS = [
         "gated_training",
         "growth",
         "lion",
+        "normalised_sgd",
         "patterns",
         "penalties",
     }

@@ -11,12 +11,14 @@ from torch.utils.data import DataLoader
 
 from lightning_prune import ConfigurationError, EdgePopup, ProbMask, SparseBinaryMask, Supermask
 from lightning_prune.callbacks.random_network import RandomNetwork
+from lightning_prune.normalised_sgd import NormalisedSGD
 from tests.fits import BATCHES, equal, fit, loader, small_net, trainer
 
 METHODS = [
     EdgePopup,
     SparseBinaryMask,
     lambda **rest: SparseBinaryMask(forward="binary", optimizer="lion", lr=0.01, **rest),
+    lambda **rest: SparseBinaryMask(optimizer="normalised_sgd", lr=0.01, **rest),
     Supermask,
     ProbMask,
 ]
@@ -247,3 +249,28 @@ def test_a_pattern_that_matches_nothing_is_refused():
 
 def test_all_methods_derive_from_one_base():
     assert all(isinstance(method(), RandomNetwork) for method in METHODS)
+
+
+def test_normalised_sgd_by_hand():
+    """Two steps on two tensors, one with gradients a hundred times as large."""
+    small, large = torch.zeros(2), torch.zeros(2)
+    optimizer = NormalisedSGD([small, large], lr=0.1, momentum=0.5, beta=0.75)
+    for gradient in ([1.0, -7.0], [3.0, 1.0]):
+        small.grad = torch.tensor(gradient)
+        large.grad = 100 * small.grad
+        optimizer.step()
+    # The mean squares are 25 and 5. Corrected for their start: 25, then (0.1875 * 25 + 0.25 * 5) / 0.4375.
+    first = torch.tensor([1.0, -7.0]) / 5
+    second = 0.5 * first + torch.tensor([3.0, 1.0]) / (5.9375 / 0.4375) ** 0.5
+    torch.testing.assert_close(small, -0.1 * (first + second))
+    torch.testing.assert_close(large, small)
+
+
+def test_normalised_sgd_decays_and_leaves_what_has_no_gradient():
+    moved, left, still = torch.ones(2), torch.ones(2), torch.ones(2)
+    optimizer = NormalisedSGD([moved, left, still], lr=0.1, momentum=0.0, weight_decay=0.5)
+    moved.grad, still.grad = torch.tensor([2.0, -2.0]), torch.zeros(2)
+    optimizer.step()
+    torch.testing.assert_close(moved, torch.tensor([1 - 0.1 * 1.5, 1 - 0.1 * -0.5]))
+    torch.testing.assert_close(still, torch.full((2,), 0.95))
+    assert torch.equal(left, torch.ones(2))

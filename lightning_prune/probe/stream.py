@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from itertools import count, cycle
+from itertools import count, cycle, islice
 from typing import Any
 
 import torch
@@ -16,13 +16,14 @@ from lightning_prune.probe.probe import Probe
 from lightning_prune.probe.runs import SEED
 
 _WHOLE_EPOCH = 2**62
-_END = object()
+_READ_AT_ONCE = 8
+"""Batches held at a time: a sandbox for each would take as long as the gradients of a small network."""
 
 
 def gradient_stream(probe: Probe) -> Iterator[dict[str, Tensor]]:
     """Gradients as of :meth:`Probe.gradients`, without end and each with the weights as they are when it is asked for.
 
-    Batches are read one at a time, epoch after epoch in another order; the last observed ones take turns where the
+    Batches are read a few at a time, epoch after epoch in another order; the last observed ones take turns where the
     training data cannot be read anew.
 
     Args:
@@ -49,7 +50,7 @@ def _batches(probe: Probe) -> Iterator[Any]:
         reading = fresh_batches(trainer, probe._module, _WHOLE_EPOCH, seed)
         for number in count():
             with probe._sandbox("reading the training data", True, seed=seed + number), torch.no_grad():
-                batch = next(reading, _END)
-            if batch is _END:
+                batches = list(islice(reading, _READ_AT_ONCE))
+            yield from batches
+            if len(batches) < _READ_AT_ONCE:
                 break
-            yield batch

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_prune.errors import ConfigurationError
+from lightning_prune.figures import TALLEST, new_figure, save_picture
 from lightning_prune.graph.channels import Refusal
 from lightning_prune.text import BYTES, COUNTS, SECONDS, aligned, in_units, removed, shortened, wrapped
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _VERSION = 1
-_TALLEST = 300.0  # inches; matplotlib draws no picture of more than 65536 pixels
 
 
 class GroupWidth(NamedTuple):
@@ -235,16 +235,10 @@ class PruneReport:
         Raises:
             ConfigurationError: If matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ConfigurationError(
-                'The figure is drawn with matplotlib: pip install "lightning-prune[plots]".'
-            ) from error
         costs = list(self._totals())
         kept = [after / before if before else 1.0 for _, before, after in self._measured()]
-        heights = [0.9 + 0.3 * len(costs), 0.9 + min(0.24 * len(self.groups), _TALLEST)]
-        figure = Figure(figsize=(8, sum(heights)), layout="constrained")
+        heights = [0.9 + 0.3 * len(costs), 0.9 + min(0.24 * len(self.groups), TALLEST)]
+        figure = new_figure(8, sum(heights))
         above, below = figure.subplots(2, 1, height_ratios=heights)
         _draw_bars(above, [row[0] for row in costs], [1.0] * len(costs), kept, [_arrow(*row[1:3]) for row in costs])
         above.set_title("whole network", loc="left", fontsize=10, fontweight="bold")
@@ -278,12 +272,7 @@ class PruneReport:
         (folder / "report.txt").write_text(self.table() + "\n", encoding="utf-8")
         self.to_csv(folder / "report.csv")
         self.to_json(folder / "report.json")
-        try:
-            figure = self.figure()
-        except ConfigurationError as error:
-            return [f"widths.png was left out. {error}"]
-        figure.savefig(folder / "widths.png", dpi=120)
-        return []
+        return save_picture(self.figure, folder / "widths.png")
 
 
 def _row(entry: GroupWidth) -> tuple[str, str, str, str]:

@@ -8,11 +8,15 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lightning_prune.budget import check_fraction
 from lightning_prune.choices import unknown_name
 from lightning_prune.errors import ConfigurationError
+from lightning_prune.figures import new_figure, save_picture
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -158,20 +162,14 @@ class WidthRecord:
             for kind, (value, seconds) in self.summary().items():
                 writer.writerow([kind, "", *[""] * len(groups), value, round(seconds, 6)])
 
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         """Values and seconds against the number of units.
 
         Raises:
             ConfigurationError: If matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ConfigurationError(
-                'The figure is drawn with matplotlib: pip install "lightning-prune[plots]".'
-            ) from error
         units = [trial.units for trial in self.trials]
-        figure = Figure(figsize=(7, 5), layout="constrained")
+        figure = new_figure(7, 5)
         above, below = figure.subplots(2, 1, sharex=True)
         above.plot(units, [trial.value for trial in self.trials], "o-", color="#2f6db5")
         if self.chosen is not None:
@@ -192,8 +190,4 @@ class WidthRecord:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.to_csv(folder / "width_search.csv")
-        try:
-            figure = self.figure()
-        except ConfigurationError:
-            return
-        figure.savefig(folder / "width_search.png", dpi=120)
+        save_picture(self.figure, folder / "width_search.png")

@@ -7,10 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_prune.errors import ConfigurationError
+from lightning_prune.figures import new_figure, save_picture
 from lightning_prune.text import aligned, shortened
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Curve(NamedTuple):
@@ -99,20 +103,14 @@ class Sensitivity:
                 for share, kept, loss in points:
                     writer.writerow([curve.name, curve.width, share, kept, loss, loss - self.dense])
 
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         """A small plot of the loss against the width for each group, all on one scale.
 
         Raises:
             ConfigurationError: If matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ConfigurationError(
-                'The figure is drawn with matplotlib: pip install "lightning-prune[plots]".'
-            ) from error
         lines = math.ceil(len(self.curves) / 4)
-        figure = Figure(figsize=(10, min(0.6 + 1.9 * lines, 300)), layout="constrained")
+        figure = new_figure(10, 0.6 + 1.9 * lines)
         panels = figure.subplots(lines, 4, sharey=True, squeeze=False).flat
         for panel, curve in zip(panels, self.curves, strict=False):
             panel.plot([curve.width, *curve.kept], [self.dense, *curve.losses], "o-", color="#2f6db5", markersize=3)
@@ -139,9 +137,4 @@ class Sensitivity:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "sensitivity.txt").write_text(self.table() + "\n", encoding="utf-8")
         self.to_csv(folder / "sensitivity.csv")
-        try:
-            figure = self.figure()
-        except ConfigurationError as error:
-            return [f"sensitivity.png was left out. {error}"]
-        figure.savefig(folder / "sensitivity.png", dpi=120)
-        return []
+        return save_picture(self.figure, folder / "sensitivity.png")

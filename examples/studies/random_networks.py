@@ -138,7 +138,7 @@ METHODS = {
     ),
     "sparse-binary-mask": Method(
         SparseBinaryMask,
-        [*rates("normalised_sgd", 3e-3, 1e-2, 3e-2), *rates("sgd", 3.0, 10.0), *rates("lion", 0.01, 0.02)],
+        [*rates("normalised_sgd", 3e-3, 1e-2, 3e-2), *rates("sgd", 3.0, 10.0), *rates("lion", 0.003, 0.01)],
     ),
 }
 ABLATIONS: dict[str, dict[str, Any]] = {

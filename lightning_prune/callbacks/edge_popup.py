@@ -31,7 +31,7 @@ class EdgePopup(RandomNetwork):
         optimizer: What moves the scores: ``"sgd"`` with momentum as in the source, ``"normalised_sgd"``,
             ``"adam"`` or ``"lion"``.
         lr: Its learning rate at the start of the fit.
-        momentum: Momentum of ``"sgd"``.
+        momentum: Momentum of ``"sgd"`` and ``"normalised_sgd"``.
         weight_decay: Weight decay of the scores.
         include, exclude: As for :class:`~lightning_prune.WeightPruning`; all others are frozen as they are.
         floor, shrink, verify, recalibrate, directory: As for :class:`~lightning_prune.WeightPruning`.

@@ -31,7 +31,7 @@ class ProbMask(RandomNetwork):
         optimizer: What moves the probabilities: ``"adam"`` as in the source, ``"sgd"``, ``"normalised_sgd"`` or
             ``"lion"``.
         lr: Its learning rate at the start of the fit.
-        momentum: Momentum of ``"sgd"``.
+        momentum: Momentum of ``"sgd"`` and ``"normalised_sgd"``.
         temperature: Temperatures of the draws at the start of the fit and at its end; they fall along a line.
         budget: Shares of the fit between which the budget falls, with the third power.
         include, exclude: As for :class:`~lightning_prune.WeightPruning`; all others are frozen as they are.

@@ -36,9 +36,10 @@ class SparseBinaryMask(RandomNetwork):
             ``"signed_constant"`` (signs of a draw times one number per tensor), or ``"keep"`` for the module's own.
         forward: ``"anneal"`` as above, or ``"binary"``: the vertex from the first step on, with the gradient straight
             through.
-        optimizer: What moves the scores: ``"sgd"`` with momentum, ``"lion"`` or ``"adam"``.
-        lr: Its learning rate at the start of the fit; for ``"sgd"`` about 10, with batch-norm 3, for ``"lion"`` 0.02.
-        momentum: Momentum of ``"sgd"``.
+        optimizer: What moves the scores: ``"normalised_sgd"``, with gradients of equal size in all tensors, so that all
+            masks become binary at the same time; ``"sgd"``, ``"lion"`` or ``"adam"``.
+        lr: Its learning rate at the start of the fit; for ``"sgd"`` about 10, for ``"lion"`` 0.01.
+        momentum: Momentum of ``"normalised_sgd"`` and ``"sgd"``.
         temperature: Temperatures of the mask at the start of the fit and at the end of the annealing.
         anneal: Share of the fit after which the mask is binary, in (0, 1].
         variance_match: Whether relaxed masks are scaled as above.
@@ -63,7 +64,7 @@ class SparseBinaryMask(RandomNetwork):
         scope: Scope = "layer",
         init: Init = "kaiming_normal",
         forward: Literal["anneal", "binary"] = "anneal",
-        optimizer: Step = "sgd", lr: float = 10.0, momentum: float = 0.9,
+        optimizer: Step = "normalised_sgd", lr: float = 0.01, momentum: float = 0.9,
         temperature: tuple[float, float] = (1.0, 0.05), anneal: float = 0.8, variance_match: bool = True,
         include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
         floor: Union[int, float] = 0.001, shrink: Literal["end", "never"] = "end", verify: bool = True,  # noqa: UP007

@@ -28,7 +28,7 @@ class Supermask(RandomNetwork):
             ``"signed_constant"`` (signs of a draw times one number per tensor), or ``"keep"`` for the module's own.
         optimizer: What moves the scores: ``"sgd"``, ``"normalised_sgd"``, ``"adam"`` or ``"lion"``.
         lr: Its learning rate at the start of the fit; with ``"sgd"`` it has to be high.
-        momentum: Momentum of ``"sgd"``.
+        momentum: Momentum of ``"sgd"`` and ``"normalised_sgd"``.
         include, exclude: As for :class:`~lightning_prune.WeightPruning`; all others are frozen as they are.
         floor, shrink, verify, recalibrate, directory: As for :class:`~lightning_prune.WeightPruning`.
         seed: Seed of the weights and the scores.

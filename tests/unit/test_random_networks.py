@@ -18,7 +18,7 @@ METHODS = [
     EdgePopup,
     SparseBinaryMask,
     lambda **rest: SparseBinaryMask(forward="binary", optimizer="lion", lr=0.01, **rest),
-    lambda **rest: SparseBinaryMask(optimizer="normalised_sgd", lr=0.01, **rest),
+    lambda **rest: SparseBinaryMask(optimizer="sgd", lr=10.0, **rest),
     Supermask,
     ProbMask,
 ]
@@ -96,14 +96,14 @@ def test_the_gradient_of_edge_popup_goes_through_the_absolute_value():
 
 
 def test_sparse_binary_masks_follow_the_signed_gradient_of_every_weight():
-    seen = one_step(SparseBinaryMask(lr=2.0, momentum=0.0))
+    seen = one_step(SparseBinaryMask(optimizer="sgd", lr=2.0, momentum=0.0))
     # At first all masks are 1/2, whose second moment is half that of binary ones.
     assert torch.equal(seen["before"], torch.zeros(2, 3))
     assert torch.allclose(seen["after"], -2.0 * SLOPE * seen["dense"] * 2**0.5, rtol=1e-5)
 
 
 def test_masks_are_not_scaled_if_that_is_not_wanted():
-    seen = one_step(SparseBinaryMask(lr=2.0, momentum=0.0, variance_match=False))
+    seen = one_step(SparseBinaryMask(optimizer="sgd", lr=2.0, momentum=0.0, variance_match=False))
     assert torch.allclose(seen["after"], -2.0 * SLOPE * seen["dense"], rtol=1e-5)
 
 

@@ -153,7 +153,7 @@ ROWS = [
     Row("ticket-late", {"rounds": 2, "rewind_to": 3, "reinit": "sign", "shrink": "never"}, LotteryTicket),
     Row("ticket-channels", {"rounds": 2, "of": "channels"}, ChannelLotteryTicket),
     Row("edge-popup", {}, EdgePopup),
-    Row("sparse-binary-mask", {"remove": 0.6}, SparseBinaryMask),
+    Row("sparse-binary-mask", {}, SparseBinaryMask),
     Row("sparse-binary-mask-lion", {"optimizer": "lion", "lr": 0.02, "scope": "global"}, SparseBinaryMask),
     Row("supermask", {"scope": "erk", "init": "kaiming_normal"}, Supermask),
     Row("prob-mask", {"recalibrate": 2}, ProbMask),

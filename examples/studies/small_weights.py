@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--small_fraction", type=float, default=0.3)
     parser.add_argument("--sweeps", type=int, default=20)
     parser.add_argument("--batches", type=int, default=16, help="batches that the search looks at")
-    parser.set_defaults(methods=METHODS[:5])
+    parser.set_defaults(methods=METHODS[:5], seeds=[0, 1, 2, 3, 4])
     options = parser.parse_args()
     keys = [
         key | {name: getattr(options, name) for name in (OURS if key["method"] in ("swaps", *SEARCHES) else ())}

@@ -52,7 +52,7 @@ def branch_out(network: Network, learnt: dict[str, Any]) -> None:
 def move_branches(network: Network, learnt: Mapping[str, Any], optimizer: Optimizer) -> None:
     """Take a step on the branches of the weights that an optimizer has just moved, whose gradients are still there.
 
-    Nothing moves when a gradient is not finite: with half precision the optimizer has left that step out.
+    Nothing moves when a gradient is not finite: there are optimizers that leave out such a step by themselves.
 
     Args:
         network: The network, its weights without gates.

@@ -107,6 +107,8 @@ class Solver(TorchFunctionMode):
                     result = self._attempt(func, arguments, {**self.values, **guess}, start)
                 except Exception:
                     continue
+                if isinstance(error, _OmittedError) and self.checker.position == start:
+                    continue
                 self.values.update(guess)
                 self.revised |= not used_before.isdisjoint(guess)
                 return result

@@ -715,3 +715,30 @@ def test_a_group_that_is_kept_whole_afterwards_leaves_the_others_to_be_cut() -> 
     masked = run(masked_copy(network, graph, keep), inputs)
     shrink(network, graph, keep)
     assert difference(masked, run(network, inputs)) <= 1e-5
+
+
+class Halves(nn.Module):
+    """Three layers side by side, told apart again by a width that the module remembers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = 16
+        self.stem, self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 16), nn.Linear(4, 10), nn.Linear(4, 6)
+        self.out = nn.Linear(32, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = torch.cat([self.a(x), self.b(x), self.c(x)], 1)
+        first, rest = x[:, : self.first], x[:, self.first :]
+        return self.out(torch.cat([first.sin(), rest.tan()], 1))
+
+
+def test_a_slice_that_comes_to_nothing_at_some_widths_is_solved_all_the_same() -> None:
+    network, x = Halves(), torch.randn(4, 3)
+    graph = trace(network, (x,))
+    assert graph.widths == {"stem": 4, "a": 16, "b": 10, "c": 6}
+    keep = {"a": torch.arange(6), "b": torch.arange(8), "c": torch.arange(2)}  # 16 in all, as many as `first` says
+    expected = run(masked_copy(network, graph, keep), x)
+    shrink(network, graph, keep)
+    assert network.first == 6
+    assert difference(expected, run(network, x)) < 1e-5

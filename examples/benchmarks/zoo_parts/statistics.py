@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-_NORMS = {"layer_norm", "group_norm", "rms_norm"}
 _SIGNATURES = {
+    "batch_norm": ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
     "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
     "group_norm": ("input", "num_groups", "weight", "bias", "eps"),
     "rms_norm": ("input", "normalized_shape", "weight", "eps"),
@@ -23,11 +23,11 @@ def _named(function: Callable[..., Any]) -> str:
 
 
 class KeptStatistics(TorchFunctionMode):
-    """Inside, norms over channels take their statistics over the kept channels only.
+    """Inside, norms over channels, and standardised weights, take their statistics over what is kept only.
 
     Args:
-        kept: Bool mask of the kept channels by ``id`` of the norm's weight. A norm whose weight is not a parameter
-            counts channels as removed that are zero throughout.
+        kept: Bool mask of the kept entries by ``id`` of the parameter. A norm over channels whose weight is not a
+            parameter counts channels as removed that are zero throughout.
 
     Attributes:
         changed: Number of norm calls that had removed channels.
@@ -43,18 +43,23 @@ class KeptStatistics(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = _named(func)
-        if name not in _NORMS:
+        if name not in _SIGNATURES:
             return func(*args, **kwargs)
         given = {**dict(zip(_SIGNATURES[name], args, strict=False)), **kwargs}
         x, weight, bias, eps = given["input"], given.get("weight"), given.get("bias"), given.get("eps")
         groups = given["num_groups"] if name == "group_norm" else None
-        shape = x.shape[1:2] if groups else torch.Size(given["normalized_shape"])
-        kept = self._mask(x, weight, shape, groups)
+        if name == "batch_norm":
+            kept = self._of_parameter(x) if given.get("running_mean") is None else None
+        else:
+            kept = self._mask(x, weight, x.shape[1:2] if groups else torch.Size(given["normalized_shape"]), groups)
         if kept is None or bool(kept.all()):
             return func(*args, **kwargs)
         self.changed += 1
         eps = (torch.finfo(x.dtype).eps if name == "rms_norm" else 1e-5) if eps is None else eps
-        if groups:
+        if name == "batch_norm":
+            y = _standardised(x, kept, eps)
+            weight, bias = (None if v is None else v.view(1, -1, *(1,) * (x.dim() - 2)) for v in (weight, bias))
+        elif groups:
             y = _normalised(x.unflatten(1, (groups, -1)), kept.view(groups, -1), x.dim(), eps).flatten(1, 2)
             channels = (1, -1) + (1,) * (x.dim() - 2)
             weight, bias = (None if v is None else v.view(channels) for v in (weight, bias))
@@ -63,11 +68,24 @@ class KeptStatistics(TorchFunctionMode):
         y = y if weight is None else y * weight
         return y if bias is None else y + bias
 
+    def _of_parameter(self, x: Tensor) -> Tensor | None:
+        """Which entries of a parameter, or of a view of one, are kept."""
+        kept = self.kept.get(id(x if x._base is None else x._base))
+        return None if kept is None else kept.view(x.shape)
+
     def _mask(self, x: Tensor, weight: Tensor | None, shape: torch.Size, groups: int | None) -> Tensor | None:
         if isinstance(weight, torch.nn.Parameter):
             return self.kept.get(id(weight))
         others = [d for d in range(x.dim()) if (d != 1 if groups else d < x.dim() - len(shape))]
         return (x.abs() > 1e-50).sum(others).bool() if others else None
+
+
+def _standardised(x: Tensor, kept: Tensor, eps: float) -> Tensor:
+    """Batch norm of ``[batch, channels, ...]`` over the kept entries of each channel; the others stay zero."""
+    dims = tuple(d for d in range(x.dim()) if d != 1)
+    count = kept.sum(dims, keepdim=True).clamp(min=1)
+    x = (x - (x * kept).sum(dims, keepdim=True) / count) * kept
+    return x / ((x * x).sum(dims, keepdim=True) / count + eps).sqrt()
 
 
 def _over_last(x: Tensor, kept: Tensor, eps: float, centred: bool) -> Tensor:

@@ -287,15 +287,20 @@ class Analysis:
             labels = torch.cat([self.united[frozen.ids] for frozen in told])
             order = torch.repeat_interleave(torch.tensor([frozen.ids.numel() for frozen in told]))
             first.scatter_reduce_(0, labels, order, "amin")
-        whole = self._table.entirely(self.roots == SOLID)
-        found: dict[int, Refusal] = {}
-        for number in whole.nonzero().flatten().tolist():
+        whole = self._table.entirely(self.roots == SOLID).tolist()
+        found: dict[str, Refusal] = {}
+        reported = torch.zeros(self.space.count, dtype=torch.bool)
+        for number in sorted(range(len(whole)), key=lambda number: not whole[number]):
             leaf = self.leaves[number]
             united = self.united[leaf.ids]
-            known = united[first[united] < len(told)]
-            if known.numel():
-                root = int(known.min())
-                found.setdefault(root, Refusal(f"{leaf.tensor} (dim {leaf.dim})", told[int(first[root])].reason or ""))
+            known = united[(first[united] < len(told)) & (self.roots[leaf.ids] == SOLID)]
+            if bool(reported[known[:1] if whole[number] else known].all()):
+                continue
+            fresh = known if whole[number] else known[~reported[known]]
+            reported[known] = True
+            part = "" if whole[number] else f", {len(fresh)} of {len(united)}"
+            path = f"{leaf.tensor} (dim {leaf.dim}{part})"
+            found[path] = Refusal(path, told[int(first[fresh].min())].reason or "")
         return (*self.notes, *found.values())
 
     def extent(self, size: int, dim: int, planes: Sequence[Plane]) -> Extent:

@@ -742,3 +742,11 @@ def test_a_slice_that_comes_to_nothing_at_some_widths_is_solved_all_the_same() -
     shrink(network, graph, keep)
     assert network.first == 6
     assert difference(expected, run(network, x)) < 1e-5
+
+
+def test_a_part_of_a_dimension_that_stays_whole_is_told_too() -> None:
+    network = Net(
+        lambda net, x: (net.a(x)[:, :3], net.out(net.a(x)[:, 3:].tanh())), a=nn.Linear(3, 8), out=nn.Linear(5, 2)
+    )
+    refused = {refusal.path: refusal.reason for refusal in trace(network, (torch.randn(4, 3),)).refused}
+    assert refused["a.weight (dim 0, 3 of 8)"] == "is an output of the network"

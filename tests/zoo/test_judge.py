@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from examples.benchmarks.zoo_parts.backends import finds_again
 from examples.benchmarks.zoo_parts.informative import make_informative
 from examples.benchmarks.zoo_parts.judge import judge
 from examples.benchmarks.zoo_parts.locate import surviving
@@ -84,6 +86,31 @@ def test_a_cut_norm_is_exact_up_to_its_statistics(norm) -> None:
     assert judge(original, pruned, (x,)).word == "norm-inexact"
 
 
+class Standardised(nn.Conv2d):
+    """A convolution whose weights have mean 0 and variance 1, live, times a gain."""
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self.gain = nn.Parameter(torch.ones(self.out_channels))
+
+    def forward(self, x):
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        rows = nn.functional.batch_norm(rows, None, None, weight=self.gain, training=True, momentum=0.0)
+        return nn.functional.conv2d(x, rows.reshape(self.weight.shape), self.bias)
+
+
+def test_fewer_inputs_of_standardised_weights_are_exact_up_to_their_statistics() -> None:
+    torch.manual_seed(0)
+    original = make_informative(nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), Standardised(8, 4, 3))).eval()
+    kept = [0, 2, 5]
+    pruned = cut(original, {"0.weight": {0: kept}, "0.bias": {0: kept}, "2.weight": {1: kept}})
+    x = torch.randn(2, 3, 8, 6)
+    assert judge(original, pruned, (x,)).word == "norm-exact"
+    with torch.no_grad():
+        pruned[2].weight[:, [0, 1]] = pruned[2].weight[:, [1, 0]]
+    assert judge(original, pruned, (x,)).word == "norm-inexact"
+
+
 def test_narrower_heads_are_exact_up_to_their_scale() -> None:
     def attend(net, x):
         heads = [part(x).unflatten(-1, (2, -1)).transpose(1, 2) for part in (net.q, net.k, net.v)]
@@ -123,3 +150,20 @@ def test_removal_that_changes_nothing_is_no_evidence() -> None:
     kept = [0, 2, 3, 5, 6, 7]
     pruned = cut(original, {"0.weight": {0: kept}, "0.bias": {0: kept}, "3.weight": {1: kept}})
     assert judge(original, pruned, (torch.randn(2, 4),)).word == "no evidence"
+
+
+def test_a_shrunk_network_has_the_same_groups_less_what_went() -> None:
+    layers = [nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=2), nn.ReLU(), nn.Conv2d(8, 2, 1)]
+    network, x = make_informative(nn.Sequential(*layers)), torch.randn(2, 3, 4, 5)
+    graph = trace(network, x)
+    name = "0"
+    assert graph.widths == {name: 2}
+    both, one = {name: torch.tensor([0, 1])}, {name: torch.tensor([1])}
+    assert finds_again(graph, both, trace(network, x))
+    shrink(network, graph, one)
+    again = trace(network, x)
+    assert len(again.widths) == 2  # an ordinary convolution now, whose inputs and outputs go one by one
+    assert finds_again(graph, one, again)
+    assert not finds_again(graph, both, again)
+    strange = replace(again, groups={"strange": replace(again.groups[name], name="strange", slots=())})
+    assert not finds_again(graph, one, strange)

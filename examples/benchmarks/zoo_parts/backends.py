@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_prune import __version__
+from lightning_prune import ChannelGraph, __version__
 
 from .hints import apply_hints
 
@@ -101,17 +101,22 @@ def _ours(request: Request, result: Pruned, hints: bool) -> None:
     start = time.process_time()
     lightning_prune.shrink(request.model, graph, keep)
     result.shrink_seconds = time.process_time() - start
+    result.check_retrace = lambda: finds_again(
+        graph, keep, lightning_prune.trace(request.model, request.inputs, **options)
+    )
+
+
+def finds_again(graph: ChannelGraph, keep: Mapping[str, Tensor], again: ChannelGraph) -> bool:
+    """Whether the graph of a shrunk network has the same groups less what went.
+
+    A grouped operator with one group left is an ordinary one, whose channels may go one by one: groups that were not
+    there before are right where they share a tensor with a group that has one unit left.
+    """
     kept = {name: len(units) for name, units in keep.items()}
-    # A grouped operator with one group left is an ordinary one, whose channels may go one by one.
     single = {slot.tensor for name, group in graph.groups.items() if kept[name] == 1 for slot in group.slots}
-
-    def check() -> bool:
-        again = lightning_prune.trace(request.model, request.inputs, **options).groups
-        finer = [group for name, group in again.items() if kept.get(name, 1) == 1]
-        same = all(name in again and again[name].width == width for name, width in kept.items() if width > 1)
-        return same and all(any(slot.tensor in single for slot in group.slots) for group in finer)
-
-    result.check_retrace = check
+    finer = [group for name, group in again.groups.items() if kept.get(name, 1) == 1]
+    same = all(again.widths.get(name) == width for name, width in kept.items() if width > 1)
+    return same and all(any(slot.tensor in single for slot in group.slots) for group in finer)
 
 
 def random_keep(widths: dict[str, int], ratio: float, seed: int) -> dict[str, Tensor]:

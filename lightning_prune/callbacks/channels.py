@@ -18,7 +18,8 @@ from lightning_prune.callbacks.repair import RepairingRounds, RepairName, checke
 from lightning_prune.choices import unknown_name
 from lightning_prune.criteria import Criterion, CriterionName, RunCriterion, criterion_from, normalise
 from lightning_prune.criteria.activations import RunningNetwork
-from lightning_prune.errors import ConfigurationError, PruneError
+from lightning_prune.criteria.base import checked_score, mean_scores
+from lightning_prune.errors import ConfigurationError
 from lightning_prune.graph.activations import watch
 from lightning_prune.graph.analysis import Norms
 from lightning_prune.graph.channels import ChannelGroup
@@ -187,18 +188,11 @@ class ChannelPruning(RepairingRounds):
             found = self._scores_of_runs(network, self._criterion, self._criterion.batches)
             return {name: network.average(score) for name, score in found.items()}
         groups = {name: network.graph.groups[name] for name in self._eligible(network)}
-        generator = self.generator("criterion")
-        batches: Iterable[Mapping[str, Tensor]] = [{}]
-        if self._criterion.batches > 0:
-            batches = network.probe.gradients(self._criterion.batches)
-        sums: dict[str, Tensor] = {}
-        count = 0
-        for gradients in batches:
-            count += 1
-            for name, group in groups.items():
-                score = _checked(group, self._criterion.score(group, network.tensors, gradients, generator))
-                sums[name] = sums[name] + score if name in sums else score
-        return {name: network.average(total / count) for name, total in sums.items()}
+        found = mean_scores(
+            self._criterion, groups, network.tensors, network.probe.gradients(self._criterion.batches),
+            self.generator("criterion"),
+        )  # fmt: skip
+        return {name: network.average(score) for name, score in found.items()}
 
     def _scores_of_runs(self, network: Network, criterion: RunCriterion, batches: int) -> dict[str, Tensor]:
         """Scores in this process of all groups that may be cut, by a criterion that looks at runs of the network."""
@@ -206,7 +200,7 @@ class ChannelPruning(RepairingRounds):
         runs = [partial(watch, network.graph, program) for program in network.probe.evaluations(batches)]
         wanted = self._eligible(network)
         found = criterion.scores(RunningNetwork(groups, network.tensors, runs), wanted, self.generator("criterion"))
-        return {name: _checked(groups[name], found[name]) for name in wanted}
+        return {name: checked_score(groups[name], found[name]) for name in wanted}
 
     def _selection(self, network: Network, scores: Mapping[str, Tensor], level: float) -> dict[str, Tensor]:
         groups = network.graph.groups
@@ -270,16 +264,6 @@ class ChannelPruning(RepairingRounds):
                 if not any(_matches(group, [pattern]) for group in groups):
                     known = [path for group in groups for path in _makers(group)]
                     raise unknown_name(f"channel group in {option}", pattern, dict.fromkeys(known))
-
-
-def _checked(group: ChannelGroup, score: Tensor) -> Tensor:
-    """The scores of a group, one per unit."""
-    if score.shape != (group.width,):
-        raise PruneError(
-            f"channel group {group.name!r} has {group.width} units, but its scores have shape {list(score.shape)}. A "
-            "criterion must return one score per unit."
-        )
-    return score
 
 
 def _makers(group: ChannelGroup) -> list[str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_prune.errors import PruneError
+from lightning_prune.errors import ConfigurationError, PruneError
 from lightning_prune.graph.channels import ChannelGroup, Role, Slot
 
 WEIGHT_ROLES: tuple[Role, ...] = ("producer", "bias", "scale", "consumer")
@@ -56,6 +57,71 @@ class Criterion(ABC):
         Returns:
             Scores of shape ``[units]``; finite, higher = keep.
         """
+
+
+@dataclass(frozen=True)
+class GradientCriterion(Criterion):
+    """A criterion that looks at weights and at the gradients of a number of batches.
+
+    Args:
+        batches: Number of real batches to average over, at least 1.
+
+    Raises:
+        ConfigurationError: If there is no batch.
+    """
+
+    batches: int = 8
+
+    def __post_init__(self) -> None:
+        """Refuse to work without a batch."""
+        if self.batches < 1:
+            raise ConfigurationError(f"{type(self).__name__}: batches must be at least 1, but is {self.batches}.")
+
+
+def mean_scores(
+    criterion: Criterion,
+    groups: Mapping[str, ChannelGroup],
+    tensors: Mapping[str, Tensor],
+    gradients: Iterable[Mapping[str, Tensor]],
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Scores of the units of several groups, averaged over batches.
+
+    Args:
+        criterion: The criterion.
+        groups: The groups by name.
+        tensors: Present value of every parameter and buffer of the network, by full name.
+        gradients: Gradients of each batch, read only where the criterion wants some.
+        generator: The only source of randomness.
+
+    Returns:
+        For each group scores of shape ``[units]``.
+
+    Raises:
+        PruneError: If the criterion gives another number of scores.
+    """
+    sums: dict[str, Tensor] = {}
+    count = 0
+    for found in gradients if criterion.batches else [{}]:
+        count += 1
+        for name, group in groups.items():
+            score = checked_score(group, criterion.score(group, tensors, found, generator))
+            sums[name] = sums[name] + score if name in sums else score
+    return {name: total / count for name, total in sums.items()}
+
+
+def checked_score(group: ChannelGroup, score: Tensor) -> Tensor:
+    """The scores of a group, one per unit.
+
+    Raises:
+        PruneError: If they are more or fewer.
+    """
+    if score.shape != (group.width,):
+        raise PruneError(
+            f"channel group {group.name!r} has {group.width} units, but its scores have shape {list(score.shape)}. A "
+            "criterion must return one score per unit."
+        )
+    return score
 
 
 def entries(slots: Iterable[Slot], tensors: Mapping[str, Tensor]) -> Tensor:

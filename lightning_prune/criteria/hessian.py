@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_prune.criteria.base import WEIGHT_ROLES, Criterion, entries
-from lightning_prune.errors import ConfigurationError
+from lightning_prune.criteria.base import WEIGHT_ROLES, GradientCriterion, entries
 from lightning_prune.graph.channels import ChannelGroup
 
 
 @dataclass(frozen=True)
-class Hessian(Criterion):
+class Hessian(GradientCriterion):
     """Rise of the loss by a diagonal second-order model when all weights of a unit go (LeCun et al., 1990).
 
     Optimal Brain Damage estimates the rise at a minimum, where gradients vanish, as the sum of h w²/2 over the weights
@@ -41,13 +40,6 @@ class Hessian(Criterion):
         >>> Hessian().score(ChannelGroup("fc", (reads,), (reads,)), weights, gradients, torch.Generator())
         tensor([5.0000, 0.5000])
     """
-
-    batches: int = 8
-
-    def __post_init__(self) -> None:
-        """Refuse to work without a batch."""
-        if self.batches < 1:
-            raise ConfigurationError(f"Hessian: batches must be at least 1, but is {self.batches}.")
 
     def score(
         self,

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_prune.criteria.base import Criterion, entries
-from lightning_prune.errors import ConfigurationError
+from lightning_prune.criteria.base import GradientCriterion, entries
 from lightning_prune.graph.channels import ChannelGroup
 
 
 @dataclass(frozen=True)
-class Taylor(Criterion):
+class Taylor(GradientCriterion):
     """Squared first-order change of the loss when a unit is switched off (Molchanov et al., 2016 and 2019).
 
     Put a gate z = 1 on a unit. A unit is switched off by zeroing the group's ``off`` slots, normally the slices of the
@@ -32,13 +31,6 @@ class Taylor(Criterion):
         >>> Taylor().score(ChannelGroup("fc", (reads,), (reads,)), weights, gradients, torch.Generator())
         tensor([4., 1.])
     """
-
-    batches: int = 8
-
-    def __post_init__(self) -> None:
-        """Refuse to work without a batch."""
-        if self.batches < 1:
-            raise ConfigurationError(f"Taylor: batches must be at least 1, but is {self.batches}.")
 
     def score(
         self,

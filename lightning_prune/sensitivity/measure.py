@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_prune.budget import check_fraction, select
 from lightning_prune.choices import unknown_name
 from lightning_prune.criteria import Criterion, CriterionName, criterion_from
+from lightning_prune.criteria.base import mean_scores
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.graph.channels import ChannelGraph
 from lightning_prune.graph.tracer import named_leaves
@@ -198,13 +199,8 @@ class _Validation(Probe):
     def scores(
         self, criterion: Criterion, graph: ChannelGraph, tensors: Mapping[str, Tensor], wanted: Sequence[str], seed: int
     ) -> dict[str, Tensor]:
-        """Scores of the wanted groups; those of batches add up."""
-        generator = torch.Generator().manual_seed(seed)
-        batches: Iterable[Mapping[str, Tensor]] = self.gradients(criterion.batches) if criterion.batches else [{}]
-        sums: dict[str, Tensor] = {}
-        for found in batches:
-            gradients = {name.removeprefix(self._prefix): gradient for name, gradient in found.items()}
-            for name in wanted:
-                score = criterion.score(graph.groups[name], tensors, gradients, generator)
-                sums[name] = sums[name] + score if name in sums else score
-        return sums
+        """Scores of the wanted groups."""
+        prefixed = self.gradients(criterion.batches)
+        gradients = ({name.removeprefix(self._prefix): value for name, value in found.items()} for found in prefixed)
+        groups = {name: graph.groups[name] for name in wanted}
+        return mean_scores(criterion, groups, tensors, gradients, torch.Generator().manual_seed(seed))

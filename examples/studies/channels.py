@@ -93,7 +93,7 @@ def main() -> None:
     options = parser.parse_args()
 
     def work(key: dict[str, Any]) -> dict[str, Any]:
-        module = fresh(key["net"], key["seed"], options.rate)
+        module = fresh(key["net"], key["seed"], key["rate"])
         last = LAST.get(key["net"].split("-")[-1])
         whole = {"exclude": [last]} if last and key["method"].startswith("hrank") else {}
         pruning = METHODS[key["method"]](remove=key["removed"], seed=key["seed"], **whole)

@@ -118,7 +118,7 @@ def measured(key: dict[str, Any], options: Any) -> dict[str, Any]:
     """The result of one fit."""
     pruning = METHODS[key["method"]](rounds=options.rounds, remove=key["removed"], seed=key["seed"])
     pruning.images = TASKS[key["net"]].load(options.data_dir, options.train).validation
-    found = trained(fresh(key["net"], key["seed"], options.rate), key["net"], pruning, options)
+    found = trained(fresh(key["net"], key["seed"], key["rate"]), key["net"], pruning, options)
     areas = areas_of(pruning.predictions) if isinstance(pruning, BayesianPruning) else []
     return found | {
         "loss after a cut": statistics.mean(pruning.after),

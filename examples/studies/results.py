@@ -44,7 +44,7 @@ def fit_arguments(
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=tasks, help="nets, each with its data")
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     parser.add_argument("--epochs", type=int, default=epochs)
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate at the start")
+    parser.add_argument("--rate", type=float, help="learning rate at the start; default: that of the net")
     parser.set_defaults(seeds=[0, 1, 2], train=train)
     return parser
 
@@ -63,9 +63,10 @@ def grid(options: argparse.Namespace, share: str, shares: Sequence[float], *more
         shares: The shares.
         more: Names of further options that results must have in common to be compared.
     """
-    common = {name: getattr(options, name) for name in ("epochs", "rate", "train", "test", *more)}
+    common = {name: getattr(options, name) for name in ("epochs", "train", "test", *more)}
+    rates = {task: options.rate or TASKS[task].rate for task in options.tasks}
     return [
-        {"net": task, share: removed, "seed": seed, "method": method} | common
+        {"net": task, share: removed, "seed": seed, "method": method, "rate": rates[task]} | common
         for task in options.tasks
         for seed in options.seeds
         for method in options.methods

@@ -119,15 +119,16 @@ def measured(key: dict[str, Any], options: Any) -> dict[str, Any]:
 
 
 def of_fit(key: dict[str, Any], pruning: ChannelPruning, options: Any, *callbacks: L.Callback) -> dict[str, Any]:
-    return trained(fresh(key["net"], key["seed"], options.rate), key["net"], pruning, options, *callbacks)
+    return trained(fresh(key["net"], key["seed"], key["rate"]), key["net"], pruning, options, *callbacks)
 
 
 def scorer(key: dict[str, Any], at: OneShot, options: Any) -> str:
     """File of a scoring net for the net it comes from, trained now or by an earlier run."""
-    names = ("from", "mode", "seed", "removed", "steps", "epochs", "rate", "train")
-    file = options.work / f"{'-'.join(str(key[name]) for name in names)}.pt"
+    names = ("from", "mode", "seed", "removed", "steps", "epochs", "train")
+    rate = options.rate or TASKS[key["from"]].rate
+    file = options.work / f"{'-'.join(str(key[name]) for name in names)}-{rate}.pt"
     if not file.exists():
-        module = fresh(key["from"], key["seed"], options.rate)
+        module = fresh(key["from"], key["seed"], rate)
         pruning = ScoringNetPruning(
             key["removed"], mode=key["mode"], steps=key["steps"], schedule=at, seed=key["seed"], save_scorer=str(file)
         )

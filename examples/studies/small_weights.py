@@ -61,7 +61,7 @@ def main() -> None:
 
 def pruned(key: dict[str, Any], options: Any) -> dict[str, Any]:
     """Accuracy right after pruning and in the end."""
-    module = dense(key["net"], key["seed"], options)
+    module = dense(key["net"], key["seed"], key["rate"], options)
     data = TASKS[key["net"]].load(options.data_dir, options.train)
     first = FirstAccuracy(data.test if options.test else data.validation)
     L.seed_everything(key["seed"], verbose=False)
@@ -69,10 +69,10 @@ def pruned(key: dict[str, Any], options: Any) -> dict[str, Any]:
     return trained(module, key["net"], callback, options, first, epochs=options.tuning) | {"before": first.found}
 
 
-def dense(task: str, seed: int, options: Any) -> Classifier:
+def dense(task: str, seed: int, rate: float, options: Any) -> Classifier:
     """The dense net, trained now or by an earlier run."""
-    file = options.work / f"{task}-{seed}-{options.epochs}-{options.rate}-{options.train}.pt"
-    module = fresh(task, seed, options.rate)
+    file = options.work / f"{task}-{seed}-{options.epochs}-{rate}-{options.train}.pt"
+    module = fresh(task, seed, rate)
     if not file.exists():
         fit(module, TASKS[task].load(options.data_dir, options.train).train, options.epochs)
         torch.save(module.state_dict(), file)

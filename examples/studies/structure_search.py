@@ -85,11 +85,11 @@ def measured(key: dict[str, Any], options: Any) -> dict[str, Any]:
     task, before = key["net"], options.epochs * TASKS[key["net"]].passes
     pruning = METHODS[key["method"]](remove=key["removed"], seed=key["seed"], schedule=OneShot(before, "epoch"))
     if key["method"] in PRE_TRAINED:
-        module: Classifier = fresh(task, key["seed"], options.rate, TrainedTwice)
+        module: Classifier = fresh(task, key["seed"], key["rate"], TrainedTwice)
         epochs = options.epochs + options.tuning
         module.first = options.epochs / epochs
         return trained(module, task, pruning, options, epochs=epochs) | {"epochs in all": epochs}
-    module = fresh(task, key["seed"], options.rate)
+    module = fresh(task, key["seed"], key["rate"])
     # The moving average always is as wide as the network.
     teacher = Spent(forwards=1) if key["method"].endswith("teachers") else None
     beside: list[L.Callback] = [Distillation("ema"), teacher] if teacher else []

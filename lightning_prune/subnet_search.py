@@ -26,8 +26,12 @@ _FACTORS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 class SubnetSearch:
     """Draws subnets by importances and thresholds, and learns both.
 
+    The importance of a unit is the one that it begins with, evenly spread from 0 to 1 in the order that units of its
+    group have then, and what is learnt. By the latter alone channels are multiplied, so that a subnet begins as it is.
+
     Args:
-        alpha: Importances of the units of each group; they are changed in place.
+        start: Importances of the units of each group to begin with; :meth:`begin` changes them in place.
+        alpha: What is learnt, of the same shapes; it is changed in place.
         keep: The present subnet, as bool masks; filled in place.
         state: Whatever else an earlier search has left, in plain types; kept up to date in place.
         alpha_lr: Learning rate of the importances.
@@ -41,6 +45,7 @@ class SubnetSearch:
 
     def __init__(
         self,
+        start: Mapping[str, Tensor],
         alpha: Mapping[str, Tensor],
         keep: dict[str, Tensor],
         state: dict[str, Any],
@@ -49,13 +54,23 @@ class SubnetSearch:
         variance: float,
         seed: int,
     ) -> None:
-        self._alpha, self.keep, self._state, self._variance = alpha, keep, state, variance
+        self._start, self._alpha, self.keep, self._state, self._variance = start, alpha, keep, state, variance
         self._net = ThresholdNet(state["thresholds"], threshold_lr, seed)
         self._optimizer = Adam(list(alpha.values()), alpha_lr)
         if "net" in state:
             self._net.load_state_dict(state["net"])
         if "optimizer" in state:
             self._optimizer.load_state_dict(state["optimizer"])
+
+    @property
+    def importances(self) -> dict[str, Tensor]:
+        """Present importances of the units of each group."""
+        return {name: self._start[name] + values for name, values in self._alpha.items()}
+
+    def begin(self, scores: Mapping[str, Tensor]) -> None:
+        """Have units begin in the order of these scores."""
+        for name, start in self._start.items():
+            start[scores[name].argsort(stable=True).to(start.device)] = torch.linspace(0, 1, len(start))
 
     def draw(self, noise: float, generator: torch.Generator) -> float:
         """Choose the next subnet.
@@ -67,10 +82,11 @@ class SubnetSearch:
         Returns:
             Share of the units that it and the last one both have or both lack; 0 if there was none.
         """
-        seen = statistics(list(self._alpha.values()))
+        importances = self.importances
+        seen = statistics(list(importances.values()))
         chosen = self._net.sample(seen, generator)
         drawn = {}
-        for (name, values), mass in zip(self._alpha.items(), self._net.thresholds[chosen].tolist(), strict=True):
+        for (name, values), mass in zip(importances.items(), self._net.thresholds[chosen].tolist(), strict=True):
             gumbel = -torch.empty_like(values).exponential_(generator=generator).log()
             drawn[name] = prefix(values + noise * gumbel, mass)
         same = [(drawn[name] == mask).float() for name, mask in self.keep.items()]
@@ -87,7 +103,8 @@ class SubnetSearch:
         """Move the importances in the subnet, given derivatives of the loss with respect to :meth:`gates`."""
         before = {name: values.clone() for name, values in self._alpha.items()}
         for name, values in self._alpha.items():
-            values.grad = importance_gradients(values, self.keep[name], slopes[name], self._variance)
+            kept = self.keep[name]
+            values.grad = importance_gradients(values, self._start[name], kept, slopes[name], self._variance)
         self._optimizer.step()
         self._optimizer.zero_grad()
         for name, values in self._alpha.items():  # nothing outside the subnet moves, not by momentum either
@@ -100,9 +117,10 @@ class SubnetSearch:
 
     def standings(self, names: Iterable[str]) -> dict[str, Tensor]:
         """How far inside the subnet of the mean thresholds each unit of the named groups lies; higher = keep."""
-        expected = self._net.expected(statistics(list(self._alpha.values()))).tolist()
-        shares = dict(zip(self._alpha, expected, strict=True))
-        return {name: standing(self._alpha[name], shares[name]) for name in names}
+        importances = self.importances
+        expected = self._net.expected(statistics(list(importances.values()))).tolist()
+        shares = dict(zip(importances, expected, strict=True))
+        return {name: standing(importances[name], shares[name]) for name in names}
 
 
 def thresholds_for(cost: Callable[[float], float], allowed: float, given: Sequence[float] | None) -> list[float]:

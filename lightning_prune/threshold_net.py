@@ -66,29 +66,30 @@ def relative(importances: Tensor, keep: Tensor) -> Tensor:
     return mass / mass[keep].mean()
 
 
-def importance_gradients(importances: Tensor, keep: Tensor, slopes: Tensor, variance: float) -> Tensor:
-    """Derivatives with respect to the importances of a loss less their variance in the subnet.
+def importance_gradients(moves: Tensor, start: Tensor, keep: Tensor, slopes: Tensor, variance: float) -> Tensor:
+    """Derivatives with respect to what was added to the importances of a loss less their variance in the subnet.
 
     Args:
-        importances: As for :func:`prefix`.
+        moves: What was added to the importances since the search began, of shape ``[units]``.
+        start: The importances then, of the same shape.
         keep: Bool mask of the subnet, of shape ``[units]``.
-        slopes: Derivatives of the loss with respect to what the kept units are multiplied with, their
-            :func:`relative` mass.
-        variance: What the variance is multiplied with.
+        slopes: Derivatives of the loss with respect to what the kept units are multiplied with, the :func:`relative`
+            mass of their moves.
+        variance: What the variance of the importances is multiplied with.
 
     Returns:
         Of shape ``[units]``; 0 outside the subnet.
 
     Example:
         >>> kept = torch.tensor([True, True, False])
-        >>> importance_gradients(torch.zeros(3), kept, torch.tensor([1.0, 0.0, 5.0]), 0.0).tolist()
+        >>> importance_gradients(torch.zeros(3), torch.rand(3), kept, torch.tensor([1.0, 0.0, 5.0]), 0.0).tolist()
         [0.5, -0.5, 0.0]
     """
     with torch.enable_grad():
-        values = importances[keep].detach().requires_grad_()
+        values = moves[keep].detach().requires_grad_()
         loss = (relative(values, torch.ones_like(values, dtype=torch.bool)) * slopes[keep]).sum()
-        (found,) = torch.autograd.grad(loss - variance * values.var(unbiased=False), values)
-    return torch.zeros_like(importances).masked_scatter_(keep, found)
+        (found,) = torch.autograd.grad(loss - variance * (start[keep] + values).var(unbiased=False), values)
+    return torch.zeros_like(moves).masked_scatter_(keep, found)
 
 
 def statistics(importances: Sequence[Tensor]) -> Tensor:

@@ -26,17 +26,19 @@ from lightning_prune.threshold_net import relative
 class SearchAndTrain(SubnetPruning):
     """Finds a subnet while it trains the network from scratch, in one fit (Lu et al., 2020 and 2023).
 
-    After a coarse training of the whole network, subnets are drawn one after another: each channel has an importance,
-    and of each group the most important ones stay that together have a share of the mass which a small network draws
-    from the importances. Some optimizer steps move the importances by which channels are multiplied, the others the
-    weights of the subnet; what it leaves out keeps its values. After each subnet the small network learns from its loss
-    and its cost (REINFORCE). Once subnets hardly change, or time is up, the budget is met by the importances under the
-    learnt shares, the rest is removed, and the subnet trains on.
+    After a coarse training of the whole network, subnets are drawn one after another: each channel has an
+    importance, and of each group the most important ones stay that together have a share of the mass which a small
+    network draws from the importances. Some optimizer steps move the importances, and with them factors of the
+    channels, the others the weights of the subnet; what it leaves out keeps its values. After each subnet the small
+    network learns from its loss and its cost (REINFORCE). Once subnets hardly change, or time is up, the budget is
+    met by the importances under the learnt shares, the rest is removed, and the subnet trains on.
 
-    Only an abstract of the later work could be read. Ours are: factors that are a channel's mass relative to the mean
-    in the subnet, Adam for the importances, all training by the module's own optimizer and schedule without restarts,
-    the loss of a subnet as the mean over a few batches at its end, shares of the mass made from the budget, how the
-    budget is met, and of ``robust`` the whole composition: who teaches, when, and with what weights.
+    Only an abstract of the later work could be read. Ours are: importances that begin in the order of the norms
+    which channels have after the coarse training (theirs are drawn), factors that begin at 1 and follow what a
+    channel's mass gains against the mean of the subnet, Adam for the importances, all training by the module's own
+    optimizer and schedule without restarts, the loss of a subnet as the mean over a few batches at its end, shares
+    of the mass made from the budget, how the budget is met, and of ``robust`` the whole composition: who teaches,
+    when, and with what weights.
 
     Args:
         remove: Fraction to remove in all, in [0, 1).
@@ -116,14 +118,15 @@ class SearchAndTrain(SubnetPruning):
     @override
     def prepare(self, network: Network) -> None:
         super().prepare(network)
-        groups, draw = self.groups(network), self.generator("importances")
+        groups = self.groups(network)
 
         def cost(share: float) -> float:
             widths = {name: math.ceil(share * group.width - 1e-9) for name, group in groups.items()}
             return self._cost(network)({**network.graph.widths, **widths})
 
         thresholds = thresholds_for(cost, self._dense_cost() * (1 - self.remove), self.thresholds)
-        self.per_unit["alpha"] = {name: torch.rand(group.width, generator=draw) for name, group in groups.items()}
+        self.per_unit["start"] = {name: torch.zeros(group.width) for name, group in groups.items()}
+        self.per_unit["alpha"] = {name: torch.zeros(group.width) for name, group in groups.items()}
         self.per_unit["keep"] = {}
         self.learnt.update(search={"thresholds": thresholds}, count=0, step=-1, iteration=-1, settled=False)
 
@@ -132,8 +135,8 @@ class SearchAndTrain(SubnetPruning):
         refuse_repeated_losses(network.optimizers, type(self).__name__)
         if self.under_way(network):
             state, rates = self.learnt["search"], (self.alpha_lr, self.threshold_lr)
-            alpha, keep = self.per_unit["alpha"], self.per_unit["keep"]
-            self._search = SubnetSearch(alpha, keep, state, *rates, self.variance, self.seed)
+            start, alpha, keep = (self.per_unit[name] for name in ("start", "alpha", "keep"))
+            self._search = SubnetSearch(start, alpha, keep, state, *rates, self.variance, self.seed)
             if self.searching:
                 self.open(network).enter(self._search.gates())
         super().resume(network)
@@ -143,6 +146,8 @@ class SearchAndTrain(SubnetPruning):
         share = (position.along(self.unit) - self.coarse) / (self.at - self.coarse)
         if share < 0 or not self.under_way(network):
             return
+        if not self.searching:
+            self._search.begin(self._scores(network))
         subnet = self._subnet or self.open(network)
         iteration = min(math.floor(share * self.iterations + 1e-9), self.iterations - 1)
         if iteration != self.learnt["iteration"]:
@@ -177,7 +182,7 @@ class SearchAndTrain(SubnetPruning):
             chosen = self._selected(network, level, {})
             self._subnet.settle({name: relative(self.per_unit["alpha"][name], k) for name, k in chosen.items()})
             self._subnet = None
-            del self.learnt["dense"], self.per_unit["keep"]
+            del self.learnt["dense"], self.per_unit["keep"], self.per_unit["start"]
         super().carry_out(network, level)
 
     @override

@@ -287,19 +287,19 @@ class Analysis:
             labels = torch.cat([self.united[frozen.ids] for frozen in told])
             order = torch.repeat_interleave(torch.tensor([frozen.ids.numel() for frozen in told]))
             first.scatter_reduce_(0, labels, order, "amin")
-        whole = self._table.entirely(self.roots == SOLID).tolist()
+        covered = self._table.covered(self.roots == SOLID).tolist()
+        parts = [(len(leaf.ids) - count, leaf) for leaf, count in zip(self.leaves, covered, strict=True) if count]
         found: dict[str, Refusal] = {}
         reported = torch.zeros(self.space.count, dtype=torch.bool)
-        for number in sorted(range(len(whole)), key=lambda number: not whole[number]):
-            leaf = self.leaves[number]
+        for left, leaf in sorted(parts, key=lambda part: part[0] > 0):  # dimensions that stay whole altogether first
             united = self.united[leaf.ids]
             known = united[(first[united] < len(told)) & (self.roots[leaf.ids] == SOLID)]
-            if bool(reported[known[:1] if whole[number] else known].all()):
+            if bool(reported[known if left else known[:1]].all()):
                 continue
-            fresh = known if whole[number] else known[~reported[known]]
+            fresh = known[~reported[known]] if left else known
             reported[known] = True
-            part = "" if whole[number] else f", {len(fresh)} of {len(united)}"
-            path = f"{leaf.tensor} (dim {leaf.dim}{part})"
+            share = f", {len(fresh)} of {len(united)}" if left else ""
+            path = f"{leaf.tensor} (dim {leaf.dim}{share})"
             found[path] = Refusal(path, told[int(first[fresh].min())].reason or "")
         return (*self.notes, *found.values())
 

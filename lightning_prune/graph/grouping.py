@@ -50,11 +50,9 @@ class LeafTable:
         self._never_zero = self._leaves_marked(NEVER_ZERO)
         self._zeroed = self._leaves_marked(ZEROED)
 
-    def entirely(self, labels: Tensor) -> Tensor:
-        """For each leaf whether all its positions carry one of the labels (a bool for each label)."""
-        whole = torch.ones(len(self._leaves), dtype=torch.bool)
-        whole[self._leaf[~labels[self._ids]]] = False
-        return whole
+    def covered(self, labels: Tensor) -> Tensor:
+        """For each leaf how many of its positions carry one of the labels (a bool for each label)."""
+        return torch.bincount(self._leaf[labels[self._ids]], minlength=len(self._leaves))
 
     def groups(
         self, roots: Tensor, zeroed: Tensor, approximate: Tensor, tensors: Mapping[str, Tensor]

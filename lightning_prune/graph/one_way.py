@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from lightning_prune.graph.program import is_observed
+from lightning_prune.graph.observation import is_observed
 from lightning_prune.graph.rehearsal import READS_OUTSIDE, NumbersNeededError
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from lightning_prune.errors import ConfigurationError
+from lightning_prune.graph.observation import bookkeeping
 from lightning_prune.graph.support import ParametersKept, check_inputs, check_result, hinted, same_structure
 
 
@@ -74,9 +74,6 @@ def map_nested(function: Callable[[Any], Any], value: Any) -> Any:
     return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
 
 
-_unobserved_depth = 0
-
-
 @contextmanager
 def uncollected() -> Iterator[None]:
     """Inside, Python does not look for garbage in cycles: many small objects are made here, and none of them is any."""
@@ -87,23 +84,6 @@ def uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-@contextmanager
-def unobserved() -> Iterator[None]:
-    """Inside, a tracer does not look: for bookkeeping around the user's code that is not part of the program."""
-    global _unobserved_depth
-    _unobserved_depth += 1
-    try:
-        with _disable_current_modes():
-            yield
-    finally:
-        _unobserved_depth -= 1
-
-
-def is_observed() -> bool:
-    """Whether a tracer should look at what is executed now."""
-    return _unobserved_depth == 0
 
 
 @contextmanager
@@ -119,15 +99,17 @@ def preserved(model: nn.Module, training: bool | None) -> Iterator[None]:
     scripted = torch.jit.ScriptModule  # whose buffers live outside Python
     registered = [(module, dict(module._buffers)) for module in modules if not isinstance(module, scripted)]
     parameters = list(_own(modules, "_parameters"))
-    with unobserved():
+    with bookkeeping():
         buffers = [(buffer, buffer.detach().clone()) for buffer in _own(modules, "_buffers")]
-    gradients = [(parameter, parameter.grad) for parameter in parameters]
+        gradients = [(parameter, parameter.grad) for parameter in parameters]
     held = [*parameters, *(buffer for buffer, _ in buffers)]
     devices = sorted({tensor.device.index or 0 for tensor in held if tensor.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices):
-            for parameter, _ in gradients:
-                parameter.grad = None
+            with bookkeeping():
+                for parameter, gradient in gradients:
+                    if gradient is not None:
+                        parameter.grad = None
             if training is not None:
                 model.train(training)
             yield
@@ -135,11 +117,11 @@ def preserved(model: nn.Module, training: bool | None) -> Iterator[None]:
         for module, named in registered:
             module._buffers.clear()
             module._buffers.update(named)
-        with unobserved(), torch.no_grad():
+        with bookkeeping(), torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
         for module, mode in modes:
             module.training = mode
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import Buffer, Parameter, is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.errors import PruneError, TraceError
+from lightning_prune.graph.observation import bookkeeping
 
 _PLAIN = (Tensor, Parameter, Buffer)
 
@@ -195,7 +196,7 @@ class ParametersKept:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Everything that is written to a parameter inside is undone afterwards."""
-        with _disable_current_modes():
+        with bookkeeping():
             strided = [p for p in self._model.parameters() if p.layout is torch.strided and type(p) in _PLAIN]
             memory = {parameter: parameter.data for parameter in strided}
             copies = {p: memory[p].clone() for p in memory if self._written is not None and p in self._written}
@@ -205,7 +206,7 @@ class ParametersKept:
                 yield
             self._written = set(copies) if self._written is None else self._written
         finally:
-            with _disable_current_modes(), torch.no_grad():
+            with bookkeeping(), torch.no_grad():
                 for parameter, data in memory.items():
                     if parameter.data_ptr() != data.data_ptr() or parameter.shape != data.shape:
                         parameter.data = data
@@ -244,7 +245,7 @@ class _Writes(TorchDispatchMode):
                 continue
             for owner in self._owners.get(value.untyped_storage()._cdata, ()):
                 if owner not in self._copies:
-                    with _disable_current_modes():
+                    with bookkeeping():
                         self._copies[owner] = self._memory[owner].clone()
 
 

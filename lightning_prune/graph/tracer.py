@@ -17,8 +17,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_prune.graph.blocks import share_blocks_only
 from lightning_prune.graph.labels import Labels, LabelSpace, Plane, Witness, user_line
+from lightning_prune.graph.observation import is_observed
 from lightning_prune.graph.one_way import decomposed
-from lightning_prune.graph.program import Program, is_observed, map_nested, tensors_in
+from lightning_prune.graph.program import Program, map_nested, tensors_in
 from lightning_prune.graph.rehearsal import NumbersNeededError, leave_out, reads_numbers
 from lightning_prune.graph.selections import Selections, is_selection
 

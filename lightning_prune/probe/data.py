@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_prune.errors import TraceError
-from lightning_prune.graph.program import unobserved
+from lightning_prune.graph.observation import unobserved
 
 
 class NoBatchError(TraceError):

@@ -19,7 +19,8 @@ from torch.nn.parameter import is_lazy
 from torchmetrics import Metric, MetricCollection
 
 from lightning_prune.errors import TraceError
-from lightning_prune.graph.program import preserved, unobserved
+from lightning_prune.graph.observation import unobserved
+from lightning_prune.graph.program import preserved
 from lightning_prune.probe.snapshot import Snapshot
 
 

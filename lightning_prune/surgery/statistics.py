@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_prune.errors import ShrinkError
 from lightning_prune.graph.analysis import Analysis, Run
 from lightning_prune.graph.labels import Witness, compact, varying
+from lightning_prune.graph.observation import is_observed
 from lightning_prune.graph.one_way import decomposed
-from lightning_prune.graph.program import is_observed, map_nested
+from lightning_prune.graph.program import map_nested
 from lightning_prune.graph.selections import Selections, is_selection
 from lightning_prune.graph.tracer import LAYOUT_ONLY, SAME_AS_VIEW, operator_name, tensors_among
 

@@ -20,7 +20,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassPrecision
 
 from lightning_prune.errors import PruneError, TraceError
-from lightning_prune.graph.program import is_observed
+from lightning_prune.graph.observation import is_observed
 from lightning_prune.probe import Probe
 from lightning_prune.probe.backward import LocalBackward
 from lightning_prune.probe.snapshot import Snapshot

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from itertools import pairwise
 
 import lightning as L
@@ -15,7 +16,7 @@ from lightning_prune import BudgetError, ConfigurationError, SearchAndTrain, tra
 from lightning_prune.callbacks.subnets import SubnetTraining
 from lightning_prune.distillation import move_average
 from lightning_prune.effective import ChannelGates, EffectiveWeights
-from lightning_prune.subnet_search import thresholds_for
+from lightning_prune.subnet_search import SubnetSearch, thresholds_for
 from lightning_prune.threshold_net import ThresholdNet, importance_gradients, prefix, relative, standing, statistics
 from tests.fits import BATCHES, SmallNet, equal, fit, loader, small_net, surface, trainer, widths
 
@@ -70,24 +71,42 @@ def test_gradients_of_importances_are_those_of_finite_differences():
     tensors = dict(model.named_parameters())
     reads = model[2].weight.detach().clone()
     alpha, keep = torch.tensor([0.3, 0.9, 0.1, 0.5]).double(), torch.tensor([True, True, False, True])
+    start = torch.tensor([0.6, 0.0, 0.3, 1.0]).double()
 
     def loss(values):
         p = values[keep].exp() / values[keep].exp().mean()
         gates = torch.zeros(4).double().index_put((keep.nonzero().flatten(),), p)
         output = model[1](model[0](inputs)) @ (reads * gates).T + model[2].bias
-        mean = values[keep].mean()
-        return ((output - wanted) ** 2).mean() - 0.7 * ((values[keep] - mean) ** 2).mean()
+        importances = (start + values)[keep]
+        return ((output - wanted) ** 2).mean() - 0.7 * ((importances - importances.mean()) ** 2).mean()
 
     effective, gating = EffectiveWeights({"2.weight": model[2].weight}), ChannelGates(groups.values(), tensors)
     gates = {name: relative(alpha, keep) * keep}
     effective.place(gating.factors(gates))
     ((model(inputs) - wanted) ** 2).mean().backward()
-    found = importance_gradients(alpha, keep, gating.gradients(gates, effective.slopes())[name], 0.7)
+    found = importance_gradients(alpha, start, keep, gating.gradients(gates, effective.slopes())[name], 0.7)
     with torch.no_grad():
         steps = 1e-5 * torch.eye(4).double()
         expected = torch.stack([(loss(alpha + step) - loss(alpha - step)) / 2e-5 for step in steps])
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
     assert found[2] == 0
+
+
+def test_importances_begin_in_the_order_of_norms_and_factors_at_one():
+    start, alpha = {"a": torch.zeros(3), "b": torch.zeros(2)}, {"a": torch.zeros(3), "b": torch.zeros(2)}
+    keep, state = {}, {"thresholds": [0.7]}
+    search = SubnetSearch(start, alpha, keep, state, 0.1, 0.1, variance=0.0, seed=0)
+    search.begin({"a": torch.tensor([5.0, 1.0, 9.0]), "b": torch.tensor([2.0, 1.0])})
+    assert start["a"].tolist() == [0.5, 0.0, 1.0]
+    assert start["b"].tolist() == [1.0, 0.0]
+    # Masses of a, sorted: e / (e + e^0.5 + 1) = 0.51, 0.31, 0.19; of b: 0.73, 0.27.
+    search.draw(0.0, torch.Generator().manual_seed(0))
+    assert {name: mask.tolist() for name, mask in keep.items()} == {"a": [True, False, True], "b": [True, False]}
+    assert {name: gate.tolist() for name, gate in search.gates().items()} == {"a": [1, 0, 1], "b": [1, 0]}
+    search.step({"a": torch.tensor([0.0, 0.0, 1.0]), "b": torch.zeros(2)})  # the loss rises with the last factor
+    assert alpha["a"].tolist() == pytest.approx([0.1, 0.0, -0.1])  # a first step of Adam
+    assert search.gates()["a"].tolist() == pytest.approx([2 / (1 + math.exp(-0.2)), 0, 2 / (1 + math.exp(0.2))])
+    assert search.importances["a"].tolist() == pytest.approx([0.6, 0.0, 0.9])
 
 
 def test_a_step_moves_the_weights_behind_the_subnet_by_their_own_gradients():

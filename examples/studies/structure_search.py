@@ -3,15 +3,16 @@
     python -m examples.studies.structure_search --data_dir DATA --work runs/structure_search --test \\
         --out examples/results/structure_search.md
 
-`search and train` takes `--epochs` epochs in all; `with teachers` learns from the moving average of its own weights as
-well. `l1`, `slimming` and `group norm` train the whole net for `--epochs` epochs, the latter two under their penalty,
-prune it in one round and fine-tune for `--tuning` epochs, each with a cosine schedule of its own. `l1, one fit` prunes
-half way through as many epochs as the search has, `random` does so at the ratios of l2. `dense` is not pruned. All
-others remove the same share of the multiply-accumulates.
+`l1`, `slimming` and `group norm` train the whole net for `--epochs` epochs, the latter two under their penalty, prune
+it in one round and fine-tune for `--tuning` epochs, each with a cosine schedule of its own. `search and train` takes
+`--one_fit` epochs in all, so many that it needs no more than 60 % of what those do; `robust` learns from teachers as
+well. `l1, one fit` prunes at the moment when the search ends and trains for as many epochs, `random, one fit` does so
+at the ratios of l2. `dense` is not pruned, and trained for `--epochs` and `--tuning`. All others remove the same share
+of the multiply-accumulates.
 
 `training GMACs` are those of all training steps, at the widths that the network has at each of them: three times those
-of a forward for each image, and those of the teacher's forward. What is spent on evaluating subnets or channels shows
-in the seconds alone.
+of a forward for each image. What is spent on evaluating subnets or channels, and on teachers, shows in the seconds
+alone.
 
 Defaults are modest: small nets, images of half the size, and 10,000 of them. For more, `--tasks small-conv
 small-resnet --train 45000 --epochs 30 --tuning 30`, and `--precision bf16-mixed` where the processor has instructions
@@ -24,7 +25,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import lightning as L
 import torch
 
 from examples.studies.common import (
@@ -32,7 +32,6 @@ from examples.studies.common import (
     TASKS,
     Classifier,
     Shuffled,
-    Spent,
     add_precision,
     fit_arguments,
     fresh,
@@ -44,22 +43,22 @@ from examples.studies.common import (
 )
 from lightning_prune import (
     ChannelPruning,
-    Distillation,
     OneShot,
     PruningCallback,
     RegularisedPruning,
     SearchAndTrain,
 )
 
+WHEN = OneShot(0.3)
 METHODS: dict[str, Callable[..., PruningCallback | None]] = {
     "dense": lambda **_: None,
     "search and train": lambda schedule, **rest: SearchAndTrain(**rest),
-    "search and train, with teachers": lambda schedule, **rest: SearchAndTrain(**rest),
+    "search and train, robust": lambda schedule, **rest: SearchAndTrain(robust=True, **rest),
     "l1": lambda **rest: ChannelPruning("l1", **rest),
     "slimming": lambda **rest: RegularisedPruning("slimming", criterion="bn_scale", **rest),
     "group norm": lambda **rest: RegularisedPruning("group_norm", **rest),
-    "l1, one fit": lambda schedule, **rest: ChannelPruning("l1", schedule=OneShot(0.5), **rest),
-    "random, one fit": lambda schedule, **rest: ChannelPruning(Shuffled(), schedule=OneShot(0.5), **rest),
+    "l1, one fit": lambda schedule, **rest: ChannelPruning("l1", schedule=WHEN, **rest),
+    "random, one fit": lambda schedule, **rest: ChannelPruning(Shuffled(), schedule=WHEN, **rest),
 }
 PRE_TRAINED = ["l1", "slimming", "group norm"]
 
@@ -67,11 +66,12 @@ PRE_TRAINED = ["l1", "slimming", "group norm"]
 def main() -> None:
     parser = fit_arguments(__doc__, list(METHODS), SMALL, epochs=10, train=10_000)
     parser.add_argument("--tuning", type=int, default=10, help="epochs after pruning a net that was trained before")
+    parser.add_argument("--one_fit", type=int, default=16, help="epochs of those that prune as they train")
     parser.add_argument("--removed", type=float, nargs="+", default=[0.5, 0.7], help="shares of the MACs")
     add_precision(parser)
     options = parser.parse_args()
     keys = [
-        key | ({"tuning": options.tuning} if key["method"] in PRE_TRAINED else {})
+        key | ({"tuning": options.tuning} if key["method"] in [*PRE_TRAINED, "dense"] else {"one fit": options.one_fit})
         for key in grid(options, "removed", options.removed, "precision")
     ]
     rows = results(keys, lambda key: measured(key, options), options)
@@ -88,13 +88,10 @@ def measured(key: dict[str, Any], options: Any) -> dict[str, Any]:
         module: Classifier = fresh(task, key["seed"], key["rate"], TrainedTwice)
         epochs = options.epochs + options.tuning
         module.first = options.epochs / epochs
-        return trained(module, task, pruning, options, epochs=epochs) | {"epochs in all": epochs}
-    module = fresh(task, key["seed"], key["rate"])
-    # The moving average always is as wide as the network.
-    teacher = Spent(forwards=1) if key["method"].endswith("teachers") else None
-    beside: list[L.Callback] = [Distillation("ema"), teacher] if teacher else []
-    found = trained(module, task, pruning, options, *beside) | {"epochs in all": options.epochs}
-    return found | {"training GMACs": found["training GMACs"] + (teacher.macs / 1e9 if teacher else 0.0)}
+    else:
+        module = fresh(task, key["seed"], key["rate"])
+        epochs = options.epochs + options.tuning if pruning is None else options.one_fit
+    return trained(module, task, pruning, options, epochs=epochs) | {"epochs in all": epochs}
 
 
 class TrainedTwice(Classifier):

@@ -74,9 +74,9 @@ class SearchAndTrain(SubnetPruning):
     provenance = "reconstruction"
 
     def __init__(
-        self, remove: float = 0.5, of: Literal["channels", "params", "macs"] = "macs", coarse: float = 0.2,
-        at: float = 0.6, unit: Unit = "fraction", iterations: int = 10, alpha_every: int = 5, alpha_lr: float = 0.02,
-        variance: float = 1.0, thresholds: Sequence[float] | None = None, threshold_lr: float = 0.01,
+        self, remove: float = 0.5, of: Literal["channels", "params", "macs"] = "macs", coarse: float = 0.1,
+        at: float = 0.3, unit: Unit = "fraction", iterations: int = 10, alpha_every: int = 5, alpha_lr: float = 0.005,
+        variance: float = 0.1, thresholds: Sequence[float] | None = None, threshold_lr: float = 0.01,
         cost_weight: float = 2.0, noise: float = 0.05, batches: int = 4, include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None, round_to: int = 1, min_channels: int | float = 1,
         shrink: Shrink = "rounds", verify: bool = True, recalibrate: int = 0, seed: int = 0,

@@ -22,7 +22,7 @@ from lightning_prune.graph.labels import Witness, compact, varying
 from lightning_prune.graph.observation import is_observed, unobserved
 from lightning_prune.graph.one_way import decomposed
 from lightning_prune.graph.program import Program, map_nested
-from lightning_prune.graph.tracer import LAYOUT_ONLY, SAME_AS_VIEW, Event, operator_name, tensors_among
+from lightning_prune.graph.tracer import SAME_AS_VIEW, Event, hands_on, operator_name, tensors_among
 
 _REMEDY = "Choose a criterion that looks at weights or gradients, such as 'l2' or 'taylor'"
 
@@ -146,7 +146,7 @@ class _Watcher(TorchDispatchMode):
             return func(*args, **kwargs)
         with torch._C.DisableTorchFunction():  # which is for the user's calls
             name = operator_name(func)
-            event = None if name in LAYOUT_ONLY else self._due("view" if name in SAME_AS_VIEW else name)
+            event = None if hands_on(name, args) else self._due("view" if name in SAME_AS_VIEW else name)
             result = func(*args, **kwargs)
             tensors = tensors_among((*args, *kwargs.values()))
             origins = [self._origins.get(tensor) for tensor in tensors]

@@ -118,6 +118,20 @@ def tensors_among(values: Iterable[Any]) -> list[Tensor]:
     return found
 
 
+def hands_on(name: str, args: Sequence[Any]) -> bool:
+    """Whether an operator gives what it was given, as a slice of everything does; torch executes some or none of them.
+
+    Args:
+        name: Its name, as from :func:`operator_name`.
+        args: Its positional arguments.
+    """
+    return name in LAYOUT_ONLY or (name == "slice" and _is_whole(*args))
+
+
+def _is_whole(x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> bool:
+    return not start and step == 1 and (end is None or end >= x.shape[dim])
+
+
 def operator_name(function: OpOverload) -> str:
     """Name of an operator without namespace and overload, an in-place one like its functional twin."""
     return _signature(function).name
@@ -290,7 +304,7 @@ class Tracer(TorchDispatchMode):
     def follow(self, call: Call, constants: Numbers, sizes: Numbers) -> Sequence[Planes]:
         """Labels of the outputs of a call; notes what was executed."""
         result = self.remembered(call, constants, sizes)
-        if call.name not in LAYOUT_ONLY:
+        if not hands_on(call.name, call.args):
             name = "view" if call.name in SAME_AS_VIEW else call.name
             seen = zip(call.outputs, result.outputs, strict=True)
             witnesses = (*result.witnesses, *(Witness(tuple(tensor.shape), planes) for tensor, planes in seen))

@@ -11,7 +11,7 @@ from lightning_prune.graph.analysis import Analysis, Run
 from lightning_prune.graph.labels import SOLID, Labels, LabelSpace, Plane, Witness, compact, varying
 from lightning_prune.graph.rules import find_rule
 from lightning_prune.graph.selections import Selections
-from lightning_prune.graph.tracer import LAYOUT_ONLY, Call, Event, Memory, Numbers, Planes, Tracer
+from lightning_prune.graph.tracer import Call, Event, Memory, Numbers, Planes, Tracer, hands_on
 from lightning_prune.surgery.scales import Scales
 
 
@@ -190,7 +190,7 @@ class Checker(Tracer):
             self.position += 1
             return [witness.planes for witness in event.witnesses[-len(call.outputs) :]]
         outputs = super().follow(call, constants, sizes)
-        if event is None or call.name in LAYOUT_ONLY:
+        if event is None or hands_on(call.name, call.args):
             return outputs
         due = event.witnesses[-len(call.outputs) :]
         return [w.planes if _identical(planes, w.planes) else planes for planes, w in zip(outputs, due, strict=True)]

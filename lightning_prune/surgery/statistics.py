@@ -17,7 +17,7 @@ from lightning_prune.graph.observation import is_observed
 from lightning_prune.graph.one_way import decomposed
 from lightning_prune.graph.program import map_nested
 from lightning_prune.graph.selections import Selections, is_selection
-from lightning_prune.graph.tracer import LAYOUT_ONLY, SAME_AS_VIEW, operator_name, tensors_among
+from lightning_prune.graph.tracer import SAME_AS_VIEW, hands_on, operator_name, tensors_among
 
 _TAKES_STATISTICS = frozenset({
     "native_layer_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit", "mean", "var", "std",
@@ -53,7 +53,7 @@ class KeptStatistics(TorchDispatchMode):
         """Execute the operator, on a part of its inputs if it takes statistics over what is partly removed."""
         kwargs = kwargs or {}
         name = operator_name(func)
-        if not is_observed() or name in LAYOUT_ONLY:
+        if not is_observed() or hands_on(name, args):
             return func(*args, **kwargs)
         position, self._position = self._position, self._position + 1
         event = self._run.events[position] if position < len(self._run.events) else None

@@ -17,12 +17,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_prune.errors import PruneError, TraceError
 from lightning_prune.graph.analysis import Analysis, Run
+from lightning_prune.graph.calls import SAME_AS_VIEW, hands_on, operator_name, tensors_among
 from lightning_prune.graph.channels import ChannelGraph, Slot
 from lightning_prune.graph.labels import Witness, compact, varying
 from lightning_prune.graph.observation import is_observed, unobserved
 from lightning_prune.graph.one_way import decomposed
 from lightning_prune.graph.program import Program, map_nested
-from lightning_prune.graph.tracer import SAME_AS_VIEW, Event, hands_on, operator_name, tensors_among
+from lightning_prune.graph.tracer import Event
 
 _REMEDY = "Choose a criterion that looks at weights or gradients, such as 'l2' or 'taylor'"
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import TraceError
+from lightning_prune.graph.calls import Labelled
 from lightning_prune.graph.channels import ChannelGraph, Extent, Operation, Refusal
 from lightning_prune.graph.grouping import Leaf, LeafTable
 from lightning_prune.graph.labels import (
@@ -30,7 +31,7 @@ from lightning_prune.graph.rules import find_rule
 from lightning_prune.graph.rules.contractions import NEEDS_ZERO
 from lightning_prune.graph.selections import Selection
 from lightning_prune.graph.support import check_network, check_samples, left_whole
-from lightning_prune.graph.tracer import Counted, Event, Labelled, Memory, Tracer, named_leaves, run_traced
+from lightning_prune.graph.tracer import Counted, Event, Memory, Tracer, named_leaves, run_traced
 
 Norms = Literal["exact", "approximate"]
 Place = tuple[str, int]

@@ -18,10 +18,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_prune.graph.analysis import Run
+from lightning_prune.graph.calls import tensors_among
 from lightning_prune.graph.labels import user_line
 from lightning_prune.graph.observation import is_observed, unobserved
 from lightning_prune.graph.program import map_nested
-from lightning_prune.graph.tracer import Event, tensors_among
+from lightning_prune.graph.tracer import Event
 from lightning_prune.surgery.check import Checker
 from lightning_prune.surgery.symbols import Guess, Setting, Symbol, resolve, symbols_in
 

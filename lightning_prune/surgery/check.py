@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from lightning_prune.graph.analysis import Analysis, Run
+from lightning_prune.graph.calls import Call, Numbers, Planes, hands_on
 from lightning_prune.graph.labels import SOLID, Labels, LabelSpace, Plane, Witness, compact, varying
 from lightning_prune.graph.rules import find_rule
 from lightning_prune.graph.selections import Selections
-from lightning_prune.graph.tracer import Call, Event, Memory, Numbers, Planes, Tracer, hands_on
+from lightning_prune.graph.tracer import Event, Memory, Tracer
 from lightning_prune.surgery.scales import Scales
 
 

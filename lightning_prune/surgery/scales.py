@@ -9,7 +9,8 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_prune.graph.tracer import LAYOUT_ONLY, SAME_AS_VIEW, Call, Event, Numbers
+from lightning_prune.graph.calls import LAYOUT_ONLY, SAME_AS_VIEW, Call, Numbers
+from lightning_prune.graph.tracer import Event
 
 _PRODUCTS = frozenset({"bmm", "baddbmm"})
 _SIGNS = {"mul": 1, "div": -1}

@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.errors import ShrinkError
 from lightning_prune.graph.analysis import Analysis, Run
+from lightning_prune.graph.calls import SAME_AS_VIEW, hands_on, operator_name, tensors_among
 from lightning_prune.graph.labels import Witness, compact, varying
 from lightning_prune.graph.observation import is_observed
 from lightning_prune.graph.one_way import decomposed
 from lightning_prune.graph.program import map_nested
 from lightning_prune.graph.selections import Selections, is_selection
-from lightning_prune.graph.tracer import SAME_AS_VIEW, hands_on, operator_name, tensors_among
 
 _TAKES_STATISTICS = frozenset({
     "native_layer_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit", "mean", "var", "std",

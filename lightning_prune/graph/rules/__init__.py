@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch._ops import OpOverload
 
+from lightning_prune.graph.calls import Call, Planes, Rule
 from lightning_prune.graph.rules import (
     contractions,
     creation,
@@ -23,7 +24,6 @@ from lightning_prune.graph.rules import (
     vision,
     weights,
 )
-from lightning_prune.graph.tracer import Call, Planes, Rule
 
 _USER_RULES: dict[str, Rule] = {}
 _RULES: dict[str, Rule] = {

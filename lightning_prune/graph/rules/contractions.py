@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_prune.graph.blocks import keep_positions
+from lightning_prune.graph.calls import Call, Labelled, Planes, Rule
 from lightning_prune.graph.labels import LabelSpace, Plane, reshape_ids, settle
 from lightning_prune.graph.rules.pointwise import mark, merge
-from lightning_prune.graph.tracer import Call, Labelled, Planes, Rule
 
 NEEDS_ZERO = "needs zero"
 """Mark of labels whose units are off only when everything that makes them is zero."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from lightning_prune.graph.calls import Call, Planes, Rule
 from lightning_prune.graph.labels import Plane
-from lightning_prune.graph.tracer import Call, Planes, Rule
 
 
 def uniform_values(call: Call) -> list[Planes]:

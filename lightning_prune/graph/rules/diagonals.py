@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lightning_prune.graph.calls import Call, Planes, Rule
 from lightning_prune.graph.labels import Plane, settle
 from lightning_prune.graph.rules.contractions import NEEDS_ZERO, sum_out
-from lightning_prune.graph.tracer import Call, Planes, Rule
 
 
 def paired(call: Call, planes: Planes, dims: tuple[int, int], apart: bool, reason: str) -> Planes:

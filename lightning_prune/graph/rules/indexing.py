@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_prune.graph.calls import Call, Labelled, Planes, Rule
 from lightning_prune.graph.labels import Plane, compact, settle
 from lightning_prune.graph.rules.pointwise import merge
-from lightning_prune.graph.tracer import Call, Labelled, Planes, Rule
 
 _PICKED = "channels are picked by an index tensor"
 _WRITTEN = "channels are written by an index tensor"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_prune.graph.blocks import leave_statistics
+from lightning_prune.graph.calls import Call, Labelled, Planes, Rule
 from lightning_prune.graph.labels import Plane, outside, reshape_ids, settle
 from lightning_prune.graph.rules.pointwise import mark, merge
-from lightning_prune.graph.tracer import Call, Labelled, Planes, Rule
 
 _STATISTICS = "is normalised over (its mean and variance)"
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_prune.graph.blocks import share_blocks_only
+from lightning_prune.graph.calls import Call, Labelled, Planes, Rule
 from lightning_prune.graph.labels import NEVER_ZERO, LabelSpace, Plane, align, varying
 from lightning_prune.graph.program import map_nested
-from lightning_prune.graph.tracer import Call, Labelled, Planes, Rule
 
 
 class _Carrier:

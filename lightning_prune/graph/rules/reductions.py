@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_prune.graph.blocks import keep_positions
+from lightning_prune.graph.calls import Call, Labelled, Planes, Rule
 from lightning_prune.graph.labels import STATISTICS, ZEROED, Plane, settle
 from lightning_prune.graph.rules.contractions import NEEDS_ZERO
 from lightning_prune.graph.rules.pointwise import merge
-from lightning_prune.graph.tracer import Call, Labelled, Planes, Rule
 
 _SPATIAL = re.compile(r"pool|upsample|grid_sample|reflection_pad|replication_pad|col2im")
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_prune.graph.calls import Call, Labelled, Planes, Rule
 from lightning_prune.graph.labels import SOLID, Plane, align, compact, reshape_ids, settle
 from lightning_prune.graph.rules.pointwise import merge
-from lightning_prune.graph.tracer import Call, Labelled, Planes, Rule
 
 
 def _dim(call: Call, ndim: int, key: str = "dim") -> int:

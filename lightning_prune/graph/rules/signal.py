@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from lightning_prune.graph.calls import Call, Planes, Rule
 from lightning_prune.graph.labels import Plane, settle
 from lightning_prune.graph.rules.pointwise import pointwise
-from lightning_prune.graph.tracer import Call, Planes, Rule
 
 
 def as_complex(call: Call) -> list[Planes]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lightning_prune.graph.calls import Call, Labelled, Planes, Rule
 from lightning_prune.graph.labels import Plane, settle
 from lightning_prune.graph.rules.contractions import grouped_product
 from lightning_prune.graph.rules.pointwise import merge
-from lightning_prune.graph.tracer import Call, Labelled, Planes, Rule
 
 _IMAGE = "varies over the image"
 

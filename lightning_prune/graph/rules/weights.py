@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from lightning_prune.graph.calls import Call, Labelled, Planes, Rule
 from lightning_prune.graph.labels import NEVER_ZERO, ZEROED, Plane, settle
 from lightning_prune.graph.rules.pointwise import merge
-from lightning_prune.graph.tracer import Call, Labelled, Planes, Rule
 
 
 def weight_norm(call: Call) -> list[Planes]:

@@ -71,17 +71,27 @@ def tensors_among(values: Iterable[Any]) -> list[Tensor]:
 
 
 def hands_on(name: str, args: Sequence[Any]) -> bool:
-    """Whether an operator gives what it was given, as a slice of everything does; torch executes some or none of them.
+    """Whether an operator will give what it is given; torch executes such ones or not, by version and memory format.
 
     Args:
         name: Its name, as from :func:`operator_name`.
-        args: Its positional arguments.
+        args: Its positional arguments, before it works on them.
     """
-    return name in LAYOUT_ONLY or (name == "slice" and _is_whole(*args))
+    return (
+        name in LAYOUT_ONLY
+        or (name == "slice" and _is_everything(*args))
+        or (name == "as_strided" and _is_as_it_lies(*args))
+    )
 
 
-def _is_whole(x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> bool:
+def _is_everything(x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> bool:
     return not start and step == 1 and (end is None or end >= x.shape[dim])
+
+
+def _is_as_it_lies(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> bool:
+    if tuple(size) != tuple(x.shape) or offset not in (None, x.storage_offset()):
+        return False
+    return all(n < 2 or step == given for n, step, given in zip(size, stride, x.stride(), strict=True))
 
 
 def operator_name(function: OpOverload) -> str:
@@ -98,13 +108,20 @@ class Call:
         arguments: All arguments by their schema names, defaults included.
         tensors: Every tensor argument, in order.
         outputs: Every tensor the call returned, in order.
+        hands_on: Whether it gives what it was given, see :func:`hands_on`.
         space: Where a rule reports what belongs together.
         static: Whether every tensor argument depends on parameters and constants only.
         sizes: Names of the arguments that are sizes, which change with the widths.
     """
 
     def __init__(
-        self, tracer: Tracer, function: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
+        self,
+        tracer: Tracer,
+        function: OpOverload,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        out: Any,
+        hands_on: bool,
     ) -> None:
         """Bind the arguments to the operator's schema."""
         self._tracer = tracer
@@ -112,6 +129,7 @@ class Call:
         self.space = tracer.space
         signature = _signature(function)
         self.name = signature.name
+        self.hands_on = hands_on
         self.sizes = set(signature.sizes)
         self.arguments: dict[str, Any] = {**signature.defaults, **dict(zip(signature.defaults, args, strict=False))}
         self.arguments.update(kwargs)

@@ -14,7 +14,17 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_prune.graph.blocks import share_blocks_only
-from lightning_prune.graph.calls import SAME_AS_VIEW, Call, Labelled, Numbers, Planes, Rule, hands_on, tensors_among
+from lightning_prune.graph.calls import (
+    SAME_AS_VIEW,
+    Call,
+    Labelled,
+    Numbers,
+    Planes,
+    Rule,
+    hands_on,
+    operator_name,
+    tensors_among,
+)
 from lightning_prune.graph.labels import Labels, LabelSpace, Plane, Witness, user_line
 from lightning_prune.graph.observation import is_observed
 from lightning_prune.graph.one_way import decomposed
@@ -124,6 +134,7 @@ class Tracer(TorchDispatchMode):
         unreal = any(known.made_up for known in labels)
         if unreal and reads_numbers(func, args):
             raise NumbersNeededError
+        handed_on = hands_on(operator_name(func), args)
         left_out = leave_out(func, args, kwargs, unreal) if self.rehearsing and not static else None
         if left_out is not None:
             result = left_out.result
@@ -131,7 +142,7 @@ class Tracer(TorchDispatchMode):
             result = self.selections.run(func, args, kwargs)
         else:
             result = func(*args, **kwargs)
-        self._carry(Call(self, func, args, kwargs, result), unreal or left_out is not None)
+        self._carry(Call(self, func, args, kwargs, result, handed_on), unreal or left_out is not None)
         return result
 
     def is_made_up(self, tensor: Tensor) -> bool:
@@ -151,7 +162,7 @@ class Tracer(TorchDispatchMode):
     def follow(self, call: Call, constants: Numbers, sizes: Numbers) -> Sequence[Planes]:
         """Labels of the outputs of a call; notes what was executed."""
         result = self.remembered(call, constants, sizes)
-        if not hands_on(call.name, call.args):
+        if not call.hands_on:
             name = "view" if call.name in SAME_AS_VIEW else call.name
             seen = zip(call.outputs, result.outputs, strict=True)
             witnesses = (*result.witnesses, *(Witness(tuple(tensor.shape), planes) for tensor, planes in seen))

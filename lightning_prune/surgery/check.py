@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.graph.analysis import Analysis, Run
-from lightning_prune.graph.calls import Call, Numbers, Planes, hands_on
+from lightning_prune.graph.calls import Call, Numbers, Planes
 from lightning_prune.graph.labels import SOLID, Labels, LabelSpace, Plane, Witness, compact, varying
 from lightning_prune.graph.rules import find_rule
 from lightning_prune.graph.selections import Selections
@@ -191,7 +191,7 @@ class Checker(Tracer):
             self.position += 1
             return [witness.planes for witness in event.witnesses[-len(call.outputs) :]]
         outputs = super().follow(call, constants, sizes)
-        if event is None or hands_on(call.name, call.args):
+        if event is None or call.hands_on:
             return outputs
         due = event.witnesses[-len(call.outputs) :]
         return [w.planes if _identical(planes, w.planes) else planes for planes, w in zip(outputs, due, strict=True)]

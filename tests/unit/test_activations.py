@@ -167,6 +167,16 @@ def test_batches_of_another_size_are_read_too():
     assert {reading.channels.shape[0] for reading in readings} == {2}
 
 
+def test_a_mean_over_images_with_channels_last_is_read_as_any_other():
+    # There torch executes one operator more, for the strides alone, which the rehearsal of the trace does not see.
+    parts = nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
+    model = nn.Sequential(*parts).to(memory_format=torch.channels_last)
+    graph, readings = watched(model, IMAGES)
+    _, others = watched(model.to(memory_format=torch.contiguous_format), IMAGES)
+    assert list(graph.groups) == ["0"]
+    torch.testing.assert_close([r.data for r in readings], [r.data for r in others])
+
+
 @pytest.mark.parametrize("negative", [True, False])
 def test_another_course_is_an_error(negative):
     def forward(net, x):

@@ -177,7 +177,8 @@ def main() -> None:
                     key = cell(net, name, setting, 0.0 if name == "trained" else sparsity, seed, options)
                     cells.run(key, partial(measured, key, data, options))
                     keys.append(key)
-    tried = tuning_table([row for row in cells if row["seed"] == 0 and same_setting(row, options)])
+    of_seed = [row for row in cells if row["seed"] == 0 and same_setting(row, options)]
+    tried = tuning_table([row for row in of_seed if row["sparsity"] in (0.0, *options.sparsities)])
     text = f"# Random networks\n\n{(__doc__ or '').strip()}\n\n{made_by()}\n\n"
     if not options.tune:
         rows = [row for row in cells if any(key.items() <= row.items() for key in keys)]

@@ -75,7 +75,8 @@ Versions: {", ".join(f"{package} {number}" for package, number in versions.items
 
 
 def _commands(rows: Sequence[Row]) -> str:
-    lines = {}
+    suites: dict[str, set[str]] = {}
+    models: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         options = "".join(
             f" --{key} {row[key]}"
@@ -83,10 +84,13 @@ def _commands(rows: Sequence[Row]) -> str:
             if row[key] != usual
         )
         limits = f" --timeout {row['timeout']} --memory {row['memory']:g}"
-        lines[
-            f"python examples/benchmarks/zoo.py --suite {row['suite']} --backend {row['backend']}{options}{limits}"
-        ] = 0
-    runs = [f"{line} --out {number}.jsonl" for number, line in enumerate(lines)]
+        line = f"python examples/benchmarks/zoo.py --suite {row['suite']} --backend {row['backend']}{options}{limits}"
+        suites.setdefault(row["suite"], set()).add(row["model"])
+        models.setdefault((row["suite"], line), []).append(row["model"])
+    runs = [
+        line + ("" if len(found) == len(suites[suite]) else " --models " + ",".join(found)) + f" --out {number}.jsonl"
+        for number, ((suite, line), found) in enumerate(models.items())
+    ]
     last = "python examples/benchmarks/zoo.py --table *.jsonl --out examples/results/zoo.md"
     return "```\npip install 'lightning-prune[zoo,peers]'\n" + "\n".join([*runs, last]) + "\n```"
 

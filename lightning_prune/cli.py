@@ -29,7 +29,7 @@ from lightning_prune.probe import Probe
 from lightning_prune.report import PruneReport
 from lightning_prune.sensitivity import SHARES, measure_sensitivity, validation_batches
 from lightning_prune.surgery import trace, trace_programs
-from lightning_prune.text import aligned, format_count, shortened
+from lightning_prune.text import format_count
 
 _LIGHTNING = ("fit", "validate", "test", "predict")
 Made = TypeVar("Made")
@@ -135,18 +135,11 @@ def _graph(model: nn.Module, options: Namespace, batches: Sequence[Any]) -> Chan
 
 def _print_graph(model: nn.Module, graph: ChannelGraph) -> None:
     cost = CostModel(graph, [name for name, _ in model.named_parameters()])
-    rows = [("channel group", "width", "tensors")]
-    rows += [(shortened(n, 60), str(g.width), str(len({s.tensor for s in g.slots}))) for n, g in graph.groups.items()]
-    print("\n".join(aligned(rows)))
     sliced = {slot.tensor for group in graph.groups.values() for slot in group.slots}
     total = sum(parameter.numel() for parameter in model.parameters())
     prunable = sum(parameter.numel() for name, parameter in model.named_parameters() if name in sliced)
-    print(f"\n{format_count(total)} parameters, {prunable / max(total, 1):.1%} of them in prunable tensors")
+    print(f"{graph}\n\n{format_count(total)} parameters, {prunable / max(total, 1):.1%} of them in prunable tensors")
     print(f"{format_count(cost.macs(graph.widths))} MACs for one sample")
-    if graph.refused:
-        print("\nstays whole")
-        for path, reason in graph.refused:
-            print(f"  {path}: {reason}")
 
 
 def _print_sensitivity(model: nn.Module, graph: ChannelGraph, batches: Sequence[Any], options: Namespace) -> None:

@@ -97,7 +97,7 @@ class PruneReport:
         ...     requested=Request(0.6, "channels"),
         ...     reached=0.625,
         ... )
-        >>> print(report.table())
+        >>> print(report)
         channel group  before  after  removed
         net.0              16      6    62.5%
         <BLANKLINE>
@@ -117,6 +117,9 @@ class PruneReport:
     notes: tuple[str, ...] = ()
     history: tuple[Round, ...] = ()
     weights: tuple[GroupWidth, ...] = ()
+
+    def __str__(self) -> str:
+        return self.table()
 
     def table(self) -> str:
         """The report as plain text, at most 100 columns wide."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
 
+from lightning_prune.text import aligned, shortened, wrapped
+
 if TYPE_CHECKING:
     from lightning_prune.graph.analysis import Analysis
 
@@ -30,6 +32,9 @@ class Slot:
     dim: int
     index: Tensor
     role: Role
+
+    def __repr__(self) -> str:
+        return f"Slot({self.tensor!r}, dim={self.dim}, {self.role}, {len(self.index)} units)"
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The entries of ``tensor`` that belong to each unit, shape ``[units, entries]``."""
@@ -60,6 +65,9 @@ class ChannelGroup:
     off: tuple[Slot, ...]
     pattern: Hashable = None
     approximate: bool = False
+
+    def __repr__(self) -> str:
+        return f"ChannelGroup({self.name!r}, {self.width} units, {len(self.slots)} slots)"
 
     @property
     def width(self) -> int:
@@ -108,6 +116,20 @@ class ChannelGraph:
         operations: Operators of one evaluation forward that multiply and accumulate.
         batch_size: Number of samples in the batch that ``operations`` were recorded on.
         evidence: What the graph was derived from; surgery proves a cut against it.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune import trace
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+        >>> trace(net, torch.zeros(2, 8))
+        ChannelGraph(1 channel group with 6 units, 2 parts stay whole)
+        >>> print(trace(net, torch.zeros(2, 8)))
+        channel group  width  tensors
+        0                  6        3
+        <BLANKLINE>
+        stays whole
+          0.weight (dim 1): meets a tensor of fixed size (...)
+          2.weight (dim 0): is an output of the network
     """
 
     groups: Mapping[str, ChannelGroup]
@@ -121,3 +143,19 @@ class ChannelGraph:
     def widths(self) -> dict[str, int]:
         """Present number of units of each group."""
         return {name: group.width for name, group in self.groups.items()}
+
+    def __repr__(self) -> str:
+        groups = "1 channel group" if len(self.groups) == 1 else f"{len(self.groups)} channel groups"
+        whole = "1 part stays" if len(self.refused) == 1 else f"{len(self.refused)} parts stay"
+        return f"ChannelGraph({groups} with {sum(self.widths.values())} units, {whole} whole)"
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self) -> str:
+        """The groups, and what stays whole, as plain text at most 100 columns wide."""
+        rows = [("channel group", "width", "tensors")]
+        for name, group in self.groups.items():
+            rows.append((shortened(name, 60), str(group.width), str(len({slot.tensor for slot in group.slots}))))
+        whole = [wrapped(f"{path}: {reason}") for path, reason in self.refused]
+        return "\n".join([*aligned(rows), *(["", "stays whole", *whole] if whole else [])])

@@ -60,7 +60,7 @@ def without(monkeypatch, package):
 
 
 def test_table_is_exactly_this_text():
-    assert REPORT.table() == TABLE
+    assert REPORT.table() == TABLE == str(REPORT)
 
 
 def test_table_of_a_network_without_groups_says_so_and_leaves_out_what_is_unknown():

@@ -15,6 +15,7 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lightning_prune.compiled import uncompiled_name
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.graph.program import loose_tensors
 from lightning_prune.graph.tracer import named_leaves
@@ -26,8 +27,6 @@ from lightning_prune.surgery.symbols import Setting
 KEY = "lightning_prune"
 """Where the record of pruning lies in a checkpoint."""
 VERSION = 1
-_COMPILED = "_orig_mod."
-"""What torch.compile puts into names."""
 
 Module = TypeVar("Module", bound=LightningModule)
 
@@ -304,8 +303,8 @@ def _load_into(model: Module, checkpoint: dict[str, Any], strict: bool) -> Modul
 
 def _named_as_in(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict with the model's own names, whichever of the two has parts that are compiled."""
-    own = {name.replace(_COMPILED, ""): name for name in model.state_dict()}
-    return {own.get(name.replace(_COMPILED, ""), name): value for name, value in state_dict.items()}
+    own = {uncompiled_name(name): name for name in model.state_dict()}
+    return {own.get(uncompiled_name(name), name): value for name, value in state_dict.items()}
 
 
 @contextmanager

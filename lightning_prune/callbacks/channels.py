@@ -16,6 +16,7 @@ from lightning_prune.callbacks.base import EarlyStoppingChoice, Shrink
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.repair import RepairingRounds, RepairName, checked_repair
 from lightning_prune.choices import unknown_name
+from lightning_prune.compiled import uncompiled_name
 from lightning_prune.criteria import Criterion, CriterionName, RunCriterion, criterion_from, normalise
 from lightning_prune.criteria.activations import RunningNetwork
 from lightning_prune.criteria.base import checked_score, mean_scores
@@ -269,7 +270,7 @@ class ChannelPruning(RepairingRounds):
 def _makers(group: ChannelGroup) -> list[str]:
     """Names under which a group is known: its own, and those of all modules that make its channels."""
     paths = [group.name, *(slot.tensor.rpartition(".")[0] for slot in group.with_role("producer"))]
-    return [path.replace("_orig_mod.", "") for path in paths]  # what torch.compile puts in between
+    return [uncompiled_name(path) for path in paths]
 
 
 def _matches(group: ChannelGroup, patterns: Iterable[str]) -> bool:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lightning_prune.choices import unknown_name
+from lightning_prune.compiled import uncompiled_name
 from lightning_prune.errors import ConfigurationError
 
 
@@ -49,5 +50,5 @@ def check_names(names: Sequence[str], include: Sequence[str] | None, exclude: Se
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    path = name.replace("_orig_mod.", "")  # what torch.compile puts in between
+    path = uncompiled_name(name)
     return any(fnmatchcase(candidate, p) for p in patterns for candidate in (path, path.rpartition(".")[0]))

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.choices import unknown_name
+from lightning_prune.compiled import uncompiled_name
 from lightning_prune.errors import ConfigurationError
-from lightning_prune.export.calls import COMPILED, at_rest, call_of, reason, refuse_valueless, uncompiled
+from lightning_prune.export.calls import at_rest, call_of, reason, refuse_valueless, uncompiled
 from lightning_prune.export.check import compare
 from lightning_prune.export.onnx_file import require_onnx, return_tensors, run_onnx, write_onnx
 from lightning_prune.export.program import exported, run_program
@@ -126,9 +127,9 @@ def _written(target: Path) -> Iterator[Path]:
 
 def _save_state(model: nn.Module, file: Path) -> None:
     state = model.state_dict()
-    saved = OrderedDict((_clean(name), v.cpu() if isinstance(v, Tensor) else v) for name, v in state.items())
+    saved = OrderedDict((uncompiled_name(name), v.cpu() if isinstance(v, Tensor) else v) for name, v in state.items())
     if (versions := getattr(state, "_metadata", None)) is not None:
-        saved._metadata = {_clean(name): version for name, version in versions.items()}  # type: ignore[attr-defined]
+        saved._metadata = {uncompiled_name(name): version for name, version in versions.items()}  # type: ignore[attr-defined]
     torch.save(saved, file)
     try:
         torch.load(file, weights_only=True, mmap=True)
@@ -137,7 +138,3 @@ def _save_state(model: nn.Module, file: Path) -> None:
             f"the state of {type(model).__name__} holds more than tensors and plain values, so that no one could load "
             f"it with weights_only=True: {reason(error)}"
         ) from error
-
-
-def _clean(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part != COMPILED)

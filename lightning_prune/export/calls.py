@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from lightning_prune.compiled import WRAPPED
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.probe.snapshot import Snapshot
-
-COMPILED = "_orig_mod"
-"""Name under which ``torch.compile`` keeps the module that it wraps."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +157,8 @@ def refuse_valueless(model: nn.Module) -> None:
 
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module that ``torch.compile`` wrapped, or the module itself."""
-    while COMPILED in module._modules:
-        module = getattr(module, COMPILED)
+    while WRAPPED in module._modules:
+        module = getattr(module, WRAPPED)
     return module
 
 

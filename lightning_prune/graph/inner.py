@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from lightning_prune.choices import unknown_name
+from lightning_prune.compiled import uncompiled_name
 from lightning_prune.graph.analysis import Analysis, Place
 from lightning_prune.graph.channels import Refusal
 
@@ -45,7 +46,7 @@ def without_effect(analysis: Analysis, patterns: Sequence[str]) -> list[Refusal]
 
 def _names(tensor: str) -> tuple[str, str]:
     """Names that a tensor goes by: that of its module, and its own."""
-    plain = tensor.replace("_orig_mod.", "")  # what torch.compile puts in between
+    plain = uncompiled_name(tensor)
     return plain.rpartition(".")[0] or plain, plain
 
 

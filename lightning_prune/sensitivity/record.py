@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from lightning_prune.compiled import uncompiled_name
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.figures import new_figure, save_picture
 from lightning_prune.text import aligned, shortened
@@ -75,7 +76,7 @@ class Sensitivity:
         if not rise >= 0:
             raise ConfigurationError(f"the rise of the loss that is tolerated must be at least 0, but is {rise}.")
         most = self.dense + (rise * abs(self.dense) if relative else rise)
-        return {curve.name.replace("_orig_mod.", ""): self._largest(curve.losses, most) for curve in self.curves}
+        return {uncompiled_name(curve.name): self._largest(curve.losses, most) for curve in self.curves}
 
     def _largest(self, losses: Sequence[float], most: float) -> float:
         within = 0.0

@@ -13,7 +13,7 @@ import lightning_prune
 
 ROOT = Path(lightning_prune.__file__).parent
 FLOORS = [
-    {"errors", "__about__", "text", "choices", "figures"},
+    {"errors", "__about__", "text", "choices", "compiled", "figures"},
     {"graph"},
     {"surgery"},
     {"masks", "weight_masks", "criteria", "budget", "weight_budget", "schedules", "reinit", "cost", "report"}

@@ -79,6 +79,7 @@ class Task:
         data: Name of the data.
         net: Makes the net.
         pool: Factor by which images are made smaller.
+        images: Number of training images, unless another one is asked for; None for all.
         passes: Factor of the epochs, where the images are few.
         rate: Learning rate of Adam to begin with. For the nets with batch-norm on few images the best one for the dense
             net in ten epochs among 0.001, 0.003 and 0.01, on the images held out.
@@ -87,12 +88,13 @@ class Task:
     data: str
     net: Callable[[], nn.Module]
     pool: int = 1
+    images: int | None = None
     passes: int = 1
     rate: float = 1e-3
 
     def load(self, folder: Path, limit: int | None = None) -> Data:
         """The images."""
-        return load(self.data, folder, limit, self.pool)
+        return load(self.data, folder, limit or self.images, self.pool)
 
 
 TASKS = {
@@ -102,14 +104,14 @@ TASKS = {
     "conv-4": Task("CIFAR10", lambda: conv(4)),
     "conv-6": Task("CIFAR10", lambda: conv(6)),
     "small-resnet": Task("CIFAR10", small_resnet),
-    "mnist-conv": Task("MNIST", lambda: small_conv(8, 1, 14), pool=2, rate=1e-2),
-    "mnist-resnet": Task("MNIST", lambda: small_resnet(8, 1, 1, 2), pool=2, rate=1e-2),
-    "cifar-conv": Task("CIFAR10", lambda: small_conv(16, 3, 16), pool=2, rate=1e-2),
-    "cifar-resnet": Task("CIFAR10", lambda: small_resnet(12, 1, 3, 2), pool=2, rate=1e-2),
+    "mnist-conv": Task("MNIST", lambda: small_conv(8, 1, 14), pool=2, images=10_000, rate=1e-2),
+    "mnist-resnet": Task("MNIST", lambda: small_resnet(8, 1, 1, 2), pool=2, images=10_000, rate=1e-2),
+    "cifar-conv": Task("CIFAR10", lambda: small_conv(16, 3, 16), pool=2, images=10_000, rate=1e-2),
+    "cifar-resnet": Task("CIFAR10", lambda: small_resnet(12, 1, 3, 2), pool=2, images=10_000, rate=1e-2),
     "digits-conv": Task("digits", lambda: small_conv(16, 1, 8), passes=4, rate=3e-3),
     "digits-resnet": Task("digits", lambda: small_resnet(12, colours=1), passes=4, rate=3e-3),
 }
-"""Nets by name; those that have the name of their data in theirs are small, for images of half the size."""
+"""Nets by name; those with MNIST or CIFAR in theirs are small, and for 10,000 images of half the size."""
 
 SMALL = ["mnist-conv", "mnist-resnet", "cifar-conv", "cifar-resnet"]
 """A plain and a residual net for MNIST and for CIFAR-10."""

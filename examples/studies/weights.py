@@ -7,6 +7,10 @@ Every method has the same epochs, batches and learning rate schedule. `at initia
 step. `gradual`: pruned in rounds while the net trains (cubic schedule). `sparse from the start`: a mask of fixed size
 that moves while the net trains. `random` keeps random weights, as many in each tensor as magnitude pruning does at that
 sparsity; `dense` is not pruned.
+
+Defaults are modest: LeNet-300-100 on all of MNIST, and a small net for 10,000 images of CIFAR-10 of half the size. For
+more, `--tasks conv-4 small-resnet --epochs 30`. Several processes may share the seeds of one `--work` folder, and a run
+that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ METHODS: dict[str, Callable[..., PruningCallback | None]] = {
 
 
 def main() -> None:
-    parser = fit_arguments(__doc__, list(METHODS), ["lenet-300-100", "small-conv"], epochs=10)
+    parser = fit_arguments(__doc__, list(METHODS), ["lenet-300-100", "cifar-conv"], epochs=10)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.9, 0.95, 0.98])
     options = parser.parse_args()
 

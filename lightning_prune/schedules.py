@@ -140,12 +140,16 @@ class Schedule(ABC):
                 'Set max_epochs or max_steps of the Trainer, or give the schedule unit="epoch" or unit="step".'
             )
         length = total.along(self.unit)
-        length_text = f"{total.epoch:g} epochs ({total.step:g} optimizer steps)"
+        steps = f" ({total.step:g} optimizer steps)" if math.isfinite(total.step) else ""
+        length_text = f"{total.epoch:g} epochs{steps}" if math.isfinite(total.epoch) else f"{total.step:g} steps"
         inside = self._fired(length - 3 * _slack(length)) if math.isfinite(length) else self._count()
         if inside == 0:
+            remedy = "Train longer, or give the schedule an earlier start."
+            if self.unit == "fraction":  # then it is the whole fit, or what was meant for an epoch
+                remedy = 'Give it an earlier start, or did you mean unit="epoch"?'
             raise ConfigurationError(
                 f"{self} can never fire: its first round is at {self.unit} {self.start:g}, but the fit ends after "
-                f"{length_text}. Train longer, or give the schedule an earlier start."
+                f"{length_text}. {remedy}"
             )
         if inside < self._count():
             return (

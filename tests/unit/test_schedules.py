@@ -133,8 +133,12 @@ def test_a_schedule_that_can_never_fire_is_refused() -> None:
         Linear(10, 20, 5, "epoch").check(length())
     with pytest.raises(ConfigurationError, match="can never fire"):
         OneShot(1000, "step").check(length())
-    with pytest.raises(ConfigurationError, match="can never fire"):
-        OneShot(1.0).check(length())
+    with pytest.raises(ConfigurationError, match=r'can never fire.*unit="epoch"\?'):
+        OneShot(1).check(length())
+    with pytest.raises(ConfigurationError, match=r"ends after 10 epochs\. Train"):
+        OneShot(10, "epoch").check(Position(epoch=10, step=math.inf, fraction=1.0))
+    with pytest.raises(ConfigurationError, match=r"ends after 50 steps\. Train"):
+        OneShot(50, "step").check(Position(epoch=math.inf, step=50, fraction=1.0))
 
 
 def test_a_schedule_that_is_cut_off_is_told() -> None:

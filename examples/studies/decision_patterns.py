@@ -5,7 +5,8 @@
 
 Nets have two hidden layers of equal width. `prune`: from the starting width to the given one in one round after three
 tenths of the epochs, by decision patterns, by the size of the weights, or at random; what is left goes on from its
-weights (`keep`) or is drawn anew (`random`), after which only the width can matter. `search`: every cycle of epochs a
+weights (`keep`) or is drawn anew (`random`), after which only the width matters, so that one way of choosing stands for
+all. `search`: every cycle of epochs a
 tenth of the neurons goes by decision patterns and the rest is drawn anew, until validation accuracy falls short; the
 net goes back to the smallest width that was good enough.
 
@@ -24,7 +25,7 @@ import logging
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,8 @@ from torch.nn.functional import cross_entropy
 
 from examples.studies.common import Cells, Data, accuracy, arguments, batches, load, publish
 from lightning_prune import ChannelPruning, DecisionPatternPruning, PruningCallback, WidthSearch
+from lightning_prune.callbacks.width_record import Trial, WidthRecord
+from lightning_prune.figures import save_picture
 
 PRESETS = ["source", "sound"]
 METHODS = ["decision patterns", "magnitude", "random"]
@@ -86,7 +89,7 @@ def main() -> None:
         for preset in options.presets:
             for reinit in options.reinits:
                 for width in options.widths:
-                    for method in options.methods:
+                    for method in options.methods if reinit == "keep" else options.methods[:1]:
                         own = {"method": method, "reinit": reinit, "asked": width}
                         key = pruned | own | {"seed": seed, "preset": preset}
                         cells.run(key, partial(pruned_once, key, data, options))
@@ -96,8 +99,8 @@ def main() -> None:
     mine = [row for row in cells if row["seed"] in options.seeds and row["preset"] in options.presets]
     once = [row for row in mine if pruned.items() <= row.items() and row["asked"] in options.widths]
     shown = [row for row in once if row["method"] in options.methods and row["reinit"] in options.reinits]
-    found = table(shown, [row for row in mine if searched.items() <= row.items()])
-    publish("Decision patterns", __doc__, options, found)
+    searches = [row for row in mine if searched.items() <= row.items()]
+    publish("Decision patterns", __doc__, options, table(shown, searches), *records(searches, options))
 
 
 def pruned_once(key: dict[str, Any], data: Data, options: Any) -> dict[str, Any]:
@@ -129,7 +132,8 @@ def searched_for(key: dict[str, Any], data: Data, options: Any) -> dict[str, Any
         "accuracy": measured(module, data, options),
         "spread": 100 * summary["spread"][0],
         "seconds": summary["mean"][1],
-        "tried": [[trial.units // 2, round(100 * trial.value, 2)] for trial in record.trials],
+        "tried": [[trial.units // 2, trial.value, trial.seconds] for trial in record.trials],
+        "chosen": record.chosen,
     }
 
 
@@ -173,6 +177,21 @@ def table(pruned: Sequence[dict[str, Any]], searched: Sequence[dict[str, Any]]) 
         rows = [row for row in searched if row["preset"] == preset]
         lines.append(line(rows, preset, "search", "random", statistics.fmean(row["spread"] for row in rows)))
     return "\n".join(lines)
+
+
+def records(searched: Sequence[dict[str, Any]], options: Any) -> Iterator[str]:
+    """What the searches of the first seed tried, as text and, beside the table, as figures."""
+    for row in searched:
+        if row["seed"] != options.seeds[0]:
+            continue
+        tried = [Trial({"each hidden layer": width}, value, seconds) for width, value, seconds in row["tried"]]
+        record = WidthRecord("accuracy, held out", tried, row["chosen"])
+        yield f"What the search of seed {row['seed']} tried with the preset `{row['preset']}`, in units of a layer:"
+        yield f"```\n{record}\n```"
+        if options.out is not None:
+            picture = options.out.with_name(f"{options.out.stem}-{row['preset']}.png")
+            if not save_picture(record.figure, picture):
+                yield f"![Accuracy and seconds of each width]({picture.name})"
 
 
 def line(rows: Sequence[dict[str, Any]], preset: str, way: str, reinit: str, spread: float) -> str:

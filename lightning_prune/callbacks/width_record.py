@@ -115,7 +115,7 @@ class WidthRecord:
 
     Example:
         >>> trials = [Trial({"0": 8}, 0.9, 2.0), Trial({"0": 6}, 0.8, 1.5)]
-        >>> print(WidthRecord("val_accuracy", trials, 0).table())
+        >>> print(WidthRecord("val_accuracy", trials, 0))
         units  val_accuracy  seconds
             8        0.9000     2.00  chosen
             6        0.8000     1.50
@@ -125,6 +125,9 @@ class WidthRecord:
     monitor: str
     trials: Sequence[Trial]
     chosen: int | None = None
+
+    def __str__(self) -> str:
+        return self.table()
 
     def summary(self) -> dict[str, tuple[float, float]]:
         """Minimum, maximum, mean and spread (maximum minus minimum) of values and of seconds."""

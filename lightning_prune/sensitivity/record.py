@@ -45,7 +45,7 @@ class Sensitivity:
 
     Example:
         >>> found = Sensitivity(0.5, (0.25, 0.5), (Curve("net.0", 8, (6, 4), (0.51, 0.6)),))
-        >>> print(found.table())
+        >>> print(found)
         channel group  width     25%     50%
         net.0              8  0.5100  0.6000
         <BLANKLINE>
@@ -57,6 +57,9 @@ class Sensitivity:
     dense: float
     shares: tuple[float, ...]
     curves: tuple[Curve, ...]
+
+    def __str__(self) -> str:
+        return self.table()
 
     def ratios(self, rise: float, relative: bool = False) -> dict[str, float]:
         """The share of each group that can go alone before the loss has risen by more than is tolerated.

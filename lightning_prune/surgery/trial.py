@@ -25,7 +25,7 @@ _NEARBY = 12
 _PARTNERS = 4
 """Number of groups nearby that are tried as partners of one whose blocks get narrower."""
 Keep = Mapping[str, Tensor]
-Place = tuple[str, Event]
+GroupAt = tuple[str, Event]
 
 
 def settle_groups(analysis: Analysis) -> None:
@@ -119,7 +119,7 @@ def _respond(analysis: Analysis, problem: UnsolvedError, keep: Keep) -> None:
         analysis.freeze(torch.cat([analysis.units[name] for name in alike]), problem.reason)
 
 
-def _places_alike(analysis: Analysis, culprit: str, event: Event) -> list[Place]:
+def _places_alike(analysis: Analysis, culprit: str, event: Event) -> list[GroupAt]:
     """The group at fault where it failed, and groups like it at operators that the same code ran alike."""
     model = analysis.groups[culprit]
     return [
@@ -149,7 +149,7 @@ def _narrowed(analysis: Analysis, keep: Keep, names: Sequence[str]) -> str:
     return min(involved, key=lambda name: sum(slot.index.numel() for slot in analysis.groups[name].slots))
 
 
-def _coupled(analysis: Analysis, places: Sequence[Place]) -> bool:
+def _coupled(analysis: Analysis, places: Sequence[GroupAt]) -> bool:
     """Unite each group with one nearby of as many channels, if the network can follow when both lose the same.
 
     Code that takes the width of one layer for that of another (``x.reshape(B, N, C)`` after an attention over heads)

@@ -5,10 +5,9 @@
 Every method has its defaults, the same epochs, batches and learning rate schedule, and removes the same share of the
 multiply-accumulates. `init`: pruned once before the first step. `post`: pruned once half way. `random` draws the
 channels, as many of each group as `l2` takes at the same moment; `dense` is not pruned. Methods with rounds of their
-own end them by seven tenths of the fit. HRank leaves the last convolutions whole, as what reads them is given single
-values and not maps. `training GMACs` is what the steps of a training cost, forward and backward: a network that is
-small from the start trains cheaply. CPU seconds are those of a fit, with all that a method does for its choice.
-Decision patterns, which maps of a net that is little trained do not have, are in a study of their own.
+own end them by seven tenths of the fit. `training GMACs` is what the steps of a training cost, forward and backward: a
+network that is small from the start trains cheaply. CPU seconds are those of a fit, with all that a method does for its
+choice. Decision patterns, which maps of a net that is little trained do not have, are in a study of their own.
 
 Defaults are modest: a small plain net for MNIST and a small residual one for CIFAR-10, images of half the
 size, and 4000 of them. `--tasks mnist-resnet cifar-conv` adds the other two. For more, `--tasks small-conv small-resnet
@@ -55,8 +54,6 @@ CRITERIA = {
 } | {"random": Shuffled()}
 PENALTIES = {"slimming": "bn_scale", "bn_ista": "bn_scale", "group_lasso": "l2", "group_norm": "l2"}
 """With what they are pruned by."""
-LAST = {"conv": "net.8*", "resnet": "net.5*"}
-"""Makers of the channels that only the last layer reads, by the end of a net's name."""
 ROUNDS = Linear(0.12, 0.6, 0.12)
 
 
@@ -94,9 +91,7 @@ def main() -> None:
 
     def work(key: dict[str, Any]) -> dict[str, Any]:
         module = fresh(key["net"], key["seed"], key["rate"])
-        last = LAST.get(key["net"].split("-")[-1])
-        whole = {"exclude": [last]} if last and key["method"].startswith("hrank") else {}
-        pruning = METHODS[key["method"]](remove=key["removed"], seed=key["seed"], **whole)
+        pruning = METHODS[key["method"]](remove=key["removed"], seed=key["seed"])
         return trained(module, key["net"], pruning, options)
 
     rows = results(grid(options, "removed", options.removed, "precision"), work, options)

@@ -173,14 +173,14 @@ class APoZ(ActivationCriterion):
 class HRank(ActivationCriterion):
     """Mean rank of a unit's feature maps (Lin et al., 2020).
 
-    Takes maps of height and width as the next layer reads them; in front of a linear layer, where nothing is left of
-    them, there is nothing to rank.
+    Takes maps of height and width as the next layer reads them; in front of a linear layer, as they were before they
+    were pooled to single values or flattened.
 
     Args:
         batches: Number of real batches to average over, at least 1. The source takes about 500 images.
 
     Raises:
-        PruneError: If nothing that reads a group is given maps of at least 2 x 2; names the group.
+        PruneError: If nothing that reads a group is given maps of at least 2 x 2, or what is made from such; names it.
 
     Example:
         >>> HRank(batches=2)
@@ -193,8 +193,8 @@ class HRank(ActivationCriterion):
 
     def observe(self, group: ChannelGroup, reading: Reading) -> Tensor | None:
         """Mean rank of each unit's maps."""
-        maps = reading.maps  # [samples, units, entries, ..., height, width]
-        if maps.dim() < 5 or min(maps.shape[-2:]) < 2:
+        maps = reading.feature_maps
+        if maps is None:
             return None
         ranks: Tensor = torch.linalg.matrix_rank(maps)
         return ranks.float().transpose(0, 1).flatten(1).mean(1)

@@ -58,6 +58,8 @@ class Reading:
         made: For dimensions of the slot's tensor, the dimension of ``response`` that holds what is made along it.
         data: The tensor that is read.
         call: Executes the operator again on another tensor in the place of ``data``.
+        source: Where the channels lay, and in what, before their maps were pooled to single values or flattened; None
+            where ``data`` has maps itself, or was not made from any.
     """
 
     place: Place
@@ -66,6 +68,7 @@ class Reading:
     made: dict[int, int]
     data: Tensor = field(repr=False)
     call: Callable[[Tensor], Tensor] = field(repr=False)
+    source: tuple[Place, Tensor] | None = field(default=None, repr=False)
 
     @property
     def group(self) -> str:
@@ -79,7 +82,18 @@ class Reading:
         A unit has one entry or several (the channels of a head, or a map that was flattened); what follows are
         dimensions that are no channels, such as height and width. In single precision or better.
         """
-        return self._arranged(self.data)
+        return _arranged(self.data, self.place)
+
+    @property
+    def feature_maps(self) -> Tensor | None:
+        """The channels as maps of height and width, ``[samples, units, entries, ..., height, width]``.
+
+        Those that are read, or else those from which single values or vectors were made that are read. None where
+        there are no maps of at least 2 x 2.
+        """
+        place, tensor = self.source or (self.place, self.data)
+        maps = _arranged(tensor, place)
+        return maps if maps.dim() >= 5 and min(maps.shape[-2:]) >= 2 else None
 
     @property
     def channels(self) -> Tensor:
@@ -103,15 +117,20 @@ class Reading:
 
         # Inside the execution of an operator autograd is switched off in this thread.
         with ThreadPoolExecutor(1) as thread:
-            return self._arranged(self.data * thread.submit(slope).result()).flatten(2).sum(2)
+            return _arranged(self.data * thread.submit(slope).result(), self.place).flatten(2).sum(2)
 
-    def _arranged(self, tensor: Tensor) -> Tensor:
-        """A tensor like the data as ``[samples, units, entries, ...]``."""
-        units, entries = self.place.index.shape
-        index = self.place.index.flatten().to(tensor.device)
-        chosen = tensor.detach().index_select(self.place.dim, index).movedim(self.place.dim, 0)
-        chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
-        return chosen.reshape(units, entries, *(chosen.shape[1:] or (1,))).movedim(2, 0)
+
+def _arranged(tensor: Tensor, place: Place) -> Tensor:
+    """The channels in a tensor as ``[samples, units, entries, ...]``."""
+    units, entries = place.index.shape
+    chosen = tensor.detach().index_select(place.dim, place.index.flatten().to(tensor.device)).movedim(place.dim, 0)
+    chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
+    return chosen.reshape(units, entries, *(chosen.shape[1:] or (1,))).movedim(2, 0)
+
+
+def _has_maps(tensor: Tensor) -> bool:
+    """Whether there are channels, height and width, wherever they lie behind the samples."""
+    return sum(size >= 2 for size in tensor.shape[1:]) >= 3
 
 
 Observer = Callable[[Reading], None]
@@ -135,6 +154,7 @@ class _Watcher(TorchDispatchMode):
             self._origins[tensor] = frozenset({name})
         for tensor, _ in analysis.loose.values():
             self._origins[tensor] = frozenset()
+        self._sources: MutableMapping[Tensor, tuple[Tensor, Witness]] = WeakTensorKeyDictionary()
 
     def is_made_up(self, tensor: Tensor) -> bool:
         """Nothing is: here the numbers count."""
@@ -152,8 +172,10 @@ class _Watcher(TorchDispatchMode):
             tensors = tensors_among((*args, *kwargs.values()))
             origins = [self._origins.get(tensor) for tensor in tensors]
             self._derive(result, origins)
-            if event is not None:
-                self._hand_out(func, args, kwargs, event, tensors, origins, result)
+            if event is None:
+                self._keep_maps(result, tensors, [None] * len(tensors), origins)
+            elif not self._hand_out(func, args, kwargs, event, tensors, origins, result):
+                self._keep_maps(result, tensors, event.inputs, origins)
             return result
 
     def _due(self, name: str) -> Event:
@@ -185,6 +207,23 @@ class _Watcher(TorchDispatchMode):
             else:
                 self._origins.pop(tensor, None)
 
+    def _keep_maps(
+        self,
+        result: Any,
+        tensors: Sequence[Tensor],
+        witnesses: Sequence[Witness | None],
+        origins: Sequence[frozenset[str] | None],
+    ) -> None:
+        """Note which maps the results of an operator were made from, where they are none and came from nothing else."""
+        data = [number for number, names in enumerate(origins) if names is None]
+        if len(data) != 1:
+            return
+        tensor, witness = tensors[data[0]], witnesses[data[0]]
+        source = (tensor, witness) if _has_maps(tensor) and witness is not None else self._sources.get(tensor)
+        for made in tensors_among((result,)):
+            if source is not None and not _has_maps(made):
+                self._sources[made] = source
+
     def _hand_out(
         self,
         func: OpOverload,
@@ -194,10 +233,12 @@ class _Watcher(TorchDispatchMode):
         tensors: Sequence[Tensor],
         origins: Sequence[frozenset[str] | None],
         result: Any,
-    ) -> None:
+    ) -> bool:
+        """Show what an operator reads with a parameter, if anything."""
         parameters = frozenset().union(*(names for names in origins if names is not None))
         if not parameters & self._readers:
-            return
+            return False
+        shown = False
         for tensor, names, witness in zip(tensors, origins, event.inputs, strict=True):
             for place in self._places(witness) if names is None else ():
                 slots = [slot for slot in self._consumers[place.group] if slot.tensor in parameters]
@@ -208,7 +249,18 @@ class _Watcher(TorchDispatchMode):
                 slot = min(slots, key=lambda slot: slot.tensor not in self._parameters)  # rather than a mask of it
                 call = _again(func, args, kwargs, tensor)
                 response = tensors_among((result,))[-1]
-                self._show(Reading(place, slot, response, self._made(slot, event), tensor, call))
+                self._show(
+                    Reading(place, slot, response, self._made(slot, event), tensor, call, self._source(tensor, place))
+                )
+                shown = True
+        return shown
+
+    def _source(self, tensor: Tensor, place: Place) -> tuple[Place, Tensor] | None:
+        """The maps of a group that a tensor was made from, if it is none itself."""
+        if tensor not in self._sources:
+            return None
+        maps, witness = self._sources[tensor]
+        return next(((other, maps) for other in self._places(witness) if other.group == place.group), None)
 
     def _places(self, witness: Witness) -> Iterator[Place]:
         """Where which groups lie in a tensor."""

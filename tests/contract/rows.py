@@ -100,7 +100,7 @@ ROWS = [
     Row("hessian", {"criterion": "hessian", "of": "params", "schedule": Linear(1, 2, 1, "epoch")}),
     Row("fpgm", {"criterion": "fpgm", "of": "params", "schedule": Cubic(0.2, 0.7, 0.25, "fraction")}),
     Row("apoz", {"criterion": "apoz", "of": "channels", "schedule": OneShot(1, "epoch")}),
-    Row("hrank", {"criterion": "hrank", "exclude": ["net.4"], "remove": 0.3, "schedule": Linear(1, 2, 1, "epoch")}),
+    Row("hrank", {"criterion": "hrank", "remove": 0.3, "schedule": Linear(1, 2, 1, "epoch")}),
     Row("chip", {"criterion": "chip", "of": "params", "schedule": OneShot(8, "step")}),
     Row("nisp", {"criterion": "nisp", "scope": "group", "of": "channels", "schedule": OneShot(8, "step")}),
     Row("thinet", {"criterion": "thinet", "of": "channels", "shrink": "end", "schedule": OneShot(1, "epoch")}),

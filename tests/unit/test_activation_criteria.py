@@ -14,7 +14,7 @@ from lightning_prune.criteria.activations import RunningNetwork
 from lightning_prune.graph.activations import watch
 from lightning_prune.graph.program import module_programs
 from lightning_prune.graph.tracer import named_leaves
-from tests.fits import fit, loader, pruning, small_net, trainer, widths
+from tests.fits import SmallNet, fit, loader, pruning, small_net, trainer, widths
 from tests.helpers import Net
 
 
@@ -66,11 +66,41 @@ def test_hrank_is_the_mean_rank():
     assert scores(HRank(), two_channels(), torch.cat([IMAGE, -torch.ones_like(IMAGE)]))["0"].tolist() == [1.0, 1.0]
 
 
-def test_hrank_needs_maps():
-    model = nn.Sequential(
-        nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+def test_hrank_takes_maps_whose_channels_come_last():
+    model = Net(
+        lambda net, x: net.last(net.split(x).permute(0, 2, 3, 1)), split=two_channels()[:2], last=nn.Linear(2, 1)
     )
-    with pytest.raises(PruneError, match="HRank cannot score channel group '1': nothing that reads it is given maps"):
+    assert scores(HRank(), model, IMAGE)["split.0"].tolist() == [2.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2)],
+        [nn.Flatten(), nn.ReLU(), nn.Linear(8, 2)],
+        [nn.AdaptiveMaxPool2d(1), nn.Conv2d(2, 1, 1)],
+        [nn.Flatten(2), nn.Conv1d(2, 1, 4)],
+    ],
+    ids=["pooled", "flattened", "pooled, for a convolution", "flattened, for a convolution"],
+)
+def test_hrank_takes_the_maps_from_before_they_were_pooled_or_flattened(between):
+    model = nn.Sequential(*two_channels()[:2], *between)
+    assert scores(HRank(), model, IMAGE)["0"].tolist() == [2.0, 1.0]
+
+
+def test_hrank_takes_no_maps_that_are_not_all_of_it():
+    def forward(net, x):
+        maps = net.split(x)
+        return net.last(maps.mean((2, 3)) + net.other(x.flatten(1)))
+
+    model = Net(forward, split=nn.Conv2d(1, 2, 1), other=nn.Linear(4, 2), last=nn.Linear(2, 2))
+    with pytest.raises(PruneError, match="HRank cannot score channel group 'split'"):
+        scores(HRank(), model, IMAGE)
+
+
+def test_hrank_needs_maps():
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1))
+    with pytest.raises(PruneError, match="HRank cannot score channel group '2': nothing that reads it is given maps"):
         scores(HRank(), model, IMAGE)
     assert scores(HRank(), model, IMAGE, wanted=["0"]).keys() == {"0"}
 
@@ -267,10 +297,18 @@ def test_scores_of_a_wrong_shape_are_an_error_before_training():
     assert used.global_step == 0
 
 
+class Flat(SmallNet):
+    """Without any maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(72, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
 def test_what_cannot_be_scored_is_an_error_before_training():
     used = trainer(pruning(criterion="hrank"))
-    with pytest.raises(PruneError, match=r"HRank cannot score channel group 'net\.4'.*`exclude`"):
-        fit_with(used)
+    with pytest.raises(PruneError, match=r"HRank cannot score channel group 'net\.1'.*`exclude`"):
+        used.fit(Flat(), loader())
     assert used.global_step == 0
 
 

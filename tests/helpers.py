@@ -113,3 +113,11 @@ class Net(nn.Module):
 
     def forward(self, *inputs):
         return self.function(self, *inputs)
+
+
+class HalfPrecision(nn.Sequential):
+    """Layers that run under autocast, as in a trainer of mixed precision."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(x)

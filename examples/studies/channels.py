@@ -11,9 +11,8 @@ choice. Decision patterns, which maps of a net that is little trained do not hav
 
 Defaults are modest: a small plain net for MNIST and a small residual one for CIFAR-10, images of half the
 size, and 4000 of them. `--tasks mnist-resnet cifar-conv` adds the other two. For more, `--tasks small-conv small-resnet
---train 45000 --epochs 30`, and `--precision bf16-mixed` where the processor has instructions for it; BayesianPruning
-then hands nothing over. Several processes may share the seeds of one `--work` folder, and a run that was stopped goes
-on where it was.
+--train 45000 --epochs 30`, and `--precision bf16-mixed` where the processor has instructions for it. Several processes
+may share the seeds of one `--work` folder, and a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ class BayesianPruning(SoftExit):
     Only the abstract of "Bayesian based Re-parameterization for DNN Model Pruning" was read. Ours are the normal laws,
     the draws, the budgets they look ahead to, the discounted posteriors, the fading and the ridge regression. Weights
     that take something over keep their state in the optimizer. A group that nothing reads with a parameter has its L2
-    norms for evidence, at the mean evidence of the other groups. Weights that are cast or worked out before they read,
-    as under autocast or weight norm, take nothing over. Each round looks at the network in evaluation mode.
+    norms for evidence, at the mean evidence of the other groups. Weights that are worked out before they read, as under
+    weight norm, take nothing over. Each round looks at the network in evaluation mode.
 
     Args:
         remove: Fraction to remove in all.

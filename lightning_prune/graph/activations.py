@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from lightning_prune.graph.one_way import decomposed
 from lightning_prune.graph.program import Program, map_nested
 from lightning_prune.graph.tracer import Event
 
+_HALVES = (torch.float16, torch.bfloat16)
 _REMEDY = "Choose a criterion that looks at weights or gradients, such as 'l2' or 'taylor'"
 
 
@@ -56,8 +57,9 @@ class Reading:
         slot: The consumer slot of the group that they are read with.
         response: What the operator returned.
         made: For dimensions of the slot's tensor, the dimension of ``response`` that holds what is made along it.
-        data: The tensor that is read.
-        call: Executes the operator again on another tensor in the place of ``data``.
+        data: The tensor that is read, in single precision or better.
+        call: Executes the operator again on another tensor in the place of ``data``, with parameters as they are by
+            then, in single precision or better: what was cast for half precision is taken as it was.
         source: Where the channels lay, and in what, before their maps were pooled to single values or flattened; None
             where ``data`` has maps itself, or was not made from any.
     """
@@ -80,7 +82,7 @@ class Reading:
         """The channels, ``[samples, units, entries, ...]``.
 
         A unit has one entry or several (the channels of a head, or a map that was flattened); what follows are
-        dimensions that are no channels, such as height and width. In single precision or better.
+        dimensions that are no channels, such as height and width.
         """
         return _arranged(self.data, self.place)
 
@@ -92,7 +94,7 @@ class Reading:
         there are no maps of at least 2 x 2.
         """
         place, tensor = self.source or (self.place, self.data)
-        maps = _arranged(tensor, place)
+        maps = _arranged(_precise(tensor), place)
         return maps if maps.dim() >= 5 and min(maps.shape[-2:]) >= 2 else None
 
     @property
@@ -113,7 +115,8 @@ class Reading:
         def slope() -> Tensor:
             with torch.enable_grad():
                 data = self.data.detach().requires_grad_()
-                return torch.autograd.grad(self.call(data), data, weights.to(self.response))[0]
+                response = self.call(data)
+                return torch.autograd.grad(response, data, weights.to(response))[0]
 
         # Inside the execution of an operator autograd is switched off in this thread.
         with ThreadPoolExecutor(1) as thread:
@@ -124,7 +127,6 @@ def _arranged(tensor: Tensor, place: Place) -> Tensor:
     """The channels in a tensor as ``[samples, units, entries, ...]``."""
     units, entries = place.index.shape
     chosen = tensor.detach().index_select(place.dim, place.index.flatten().to(tensor.device)).movedim(place.dim, 0)
-    chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
     return chosen.reshape(units, entries, *(chosen.shape[1:] or (1,))).movedim(2, 0)
 
 
@@ -134,6 +136,8 @@ def _has_maps(tensor: Tensor) -> bool:
 
 
 Observer = Callable[[Reading], None]
+Recipes = MutableMapping[Tensor, tuple[OpOverload, Any, Any, int]]
+"""Which result of which operator, and on what, tensors are that are made of parameters alone."""
 
 
 class _Watcher(TorchDispatchMode):
@@ -150,6 +154,7 @@ class _Watcher(TorchDispatchMode):
         }
         self._readers = {slot.tensor for slots in self._consumers.values() for slot in slots}
         self._origins: MutableMapping[Tensor, frozenset[str]] = WeakTensorKeyDictionary()
+        self._recipes: Recipes = WeakTensorKeyDictionary()
         for name, tensor in analysis.tensors.items():
             self._origins[tensor] = frozenset({name})
         for tensor, _ in analysis.loose.values():
@@ -171,7 +176,7 @@ class _Watcher(TorchDispatchMode):
             result = func(*args, **kwargs)
             tensors = tensors_among((*args, *kwargs.values()))
             origins = [self._origins.get(tensor) for tensor in tensors]
-            self._derive(result, origins)
+            self._derive(func, args, kwargs, result, origins)
             if event is None:
                 self._keep_maps(result, tensors, [None] * len(tensors), origins)
             elif not self._hand_out(func, args, kwargs, event, tensors, origins, result):
@@ -198,14 +203,20 @@ class _Watcher(TorchDispatchMode):
             f"computes there cannot be told apart into channels. {_REMEDY}."
         )
 
-    def _derive(self, result: Any, origins: Sequence[frozenset[str] | None]) -> None:
-        """Note which parameters and buffers alone the results of an operator depend on, if on nothing else."""
+    def _derive(
+        self, func: OpOverload, args: Any, kwargs: Any, result: Any, origins: Sequence[frozenset[str] | None]
+    ) -> None:
+        """Note how the results of an operator are made of parameters and buffers, if of nothing else, and of which."""
         known = [names for names in origins if names is not None]
-        for tensor in tensors_among((result,)):
+        for number, tensor in enumerate(tensors_among((result,))):
             if len(known) == len(origins):
                 self._origins[tensor] = frozenset().union(*known)
             else:
                 self._origins.pop(tensor, None)
+            if known and len(known) == len(origins) and not func._schema.is_mutable:
+                self._recipes[tensor] = func, args, kwargs, number
+            else:
+                self._recipes.pop(tensor, None)
 
     def _keep_maps(
         self,
@@ -247,11 +258,10 @@ class _Watcher(TorchDispatchMode):
                 if tensor.shape[place.dim] != place.size:
                     raise self._off_course(f"gives {event.name} a tensor of shape {tuple(tensor.shape)}")
                 slot = min(slots, key=lambda slot: slot.tensor not in self._parameters)  # rather than a mask of it
-                call = _again(func, args, kwargs, tensor)
+                call = _again(func, args, kwargs, tensor, self._recipes)
                 response = tensors_among((result,))[-1]
-                self._show(
-                    Reading(place, slot, response, self._made(slot, event), tensor, call, self._source(tensor, place))
-                )
+                source = self._source(tensor, place)
+                self._show(Reading(place, slot, response, self._made(slot, event), _precise(tensor), call, source))
                 shown = True
         return shown
 
@@ -306,19 +316,44 @@ class _Watcher(TorchDispatchMode):
             ) from error
 
 
-def _again(func: OpOverload, args: Any, kwargs: Any, data: Tensor) -> Callable[[Tensor], Tensor]:
+def _again(func: OpOverload, args: Any, kwargs: Any, data: Tensor, recipes: Recipes) -> Callable[[Tensor], Tensor]:
     """Executes an operator on another tensor in the place of ``data``, without writing into what it was given."""
 
     def call(other: Tensor) -> Tensor:
-        def given(value: Any) -> Any:
-            if value is data:
-                return other
-            return value.clone() if isinstance(value, Tensor) and func._schema.is_mutable else value
+        def given(tensor: Tensor) -> Tensor:
+            if tensor is data:
+                return _precise(other)
+            tensor = _made_anew(recipes, tensor)
+            return tensor.clone() if func._schema.is_mutable else tensor
 
-        result = func(*map_nested(given, tuple(args)), **map_nested(given, dict(kwargs)))
-        return tensors_among((result,))[-1]
+        return _executed(func, args, kwargs, given, -1)
 
     return call
+
+
+def _made_anew(recipes: Recipes, tensor: Tensor) -> Tensor:
+    """A tensor made of parameters, as they are now; any other as it is."""
+    if tensor not in recipes:
+        return _precise(tensor)
+    func, args, kwargs, number = recipes[tensor]
+    return _executed(func, args, kwargs, partial(_made_anew, recipes), number)
+
+
+def _executed(func: OpOverload, args: Any, kwargs: Any, given: Callable[[Tensor], Tensor], number: int) -> Tensor:
+    """One of the tensors that an operator returns, given other tensors, without a cast to half precision."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return given(value)
+        return torch.float32 if value in _HALVES else value
+
+    result = func(*map_nested(changed, tuple(args)), **map_nested(changed, dict(kwargs)))
+    return tensors_among((result,))[number]
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    """In single precision or better."""
+    return tensor.float() if tensor.dtype in _HALVES else tensor
 
 
 def watch(graph: ChannelGraph, program: Program, observer: Observer) -> None:

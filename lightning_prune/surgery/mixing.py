@@ -82,7 +82,7 @@ def coverage(reading: Reading, weight: Tensor) -> Tensor:
 def exchanges(reading: Reading, weight: Tensor) -> bool:
     """Whether to mix units in what is read gives the same as to mix them in the weight that reads them.
 
-    It is tried out on the operator itself, so it is not so for a weight that is worked on or cast before it is read.
+    It is tried out on the operator itself, so it is not so for a weight that is worked on before it is read.
 
     Args:
         reading: The operator.

@@ -17,7 +17,7 @@ from lightning_prune.graph.tracer import named_leaves
 from lightning_prune.surgery.readers import observe
 from lightning_prune.surgery.reparameterise import hand_over, scales
 from tests.fits import Exactness, StiffNet, fit, images, pruning, small_net
-from tests.helpers import randomise, run
+from tests.helpers import HalfPrecision, randomise, run
 
 GONE = torch.tensor([False, True, False, True, False])
 IMAGES, VECTORS = torch.randn(30, 2, 6, 6).double(), torch.randn(40, 3).double()
@@ -132,6 +132,15 @@ def test_a_unit_that_repeats_another_leaves_no_gap():
     torch.testing.assert_close(found[2].weight[:, 1], 2 * model[2].weight[:, 1], rtol=1e-5, atol=1e-7)
 
 
+def test_under_autocast_a_layer_is_rescaled_alike():
+    torch.manual_seed(0)
+    model = randomise(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 1))).eval()
+    expected = refitted(model, VECTORS.float(), GONE)[2].weight
+    found = refitted(HalfPrecision(*model), VECTORS.float(), GONE)[2].weight
+    assert (expected - model[2].weight).abs().max() > 0.1
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
+
+
 def test_what_is_worked_out_before_it_reads_is_left_alone():
     model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), weight_norm(nn.Linear(5, 2))).double()
     found = refitted(model, VECTORS, GONE)
@@ -147,17 +156,19 @@ class LossAfterTheCut(L.Callback):
             self.loss = cross_entropy(run(pl_module, samples)[0], labels).item()
 
 
-def loss_after_a_cut(module, repair):
+def loss_after_a_cut(module, repair, **trainer):
     seen = LossAfterTheCut()
     now = {"schedule": OneShot(0, "step"), "criterion": "thinet", "remove": 0.3, "scope": "group"}
     callback = pruning(**now, repair=repair, repair_batches=6)
-    fit(callback, seen, module=copy.deepcopy(module), epochs=1)
+    fit(callback, seen, module=copy.deepcopy(module), epochs=1, **trainer)
     return seen.loss
 
 
-def test_the_loss_after_a_cut_is_lower_with_repair():
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_loss_after_a_cut_is_lower_with_repair(precision):
     trained, _ = fit(module=small_net(seed=1), epochs=4)
-    plain, scaled, regressed = (loss_after_a_cut(trained, how) for how in ("none", "scale", "regression"))
+    ways = ("none", "scale", "regression")
+    plain, scaled, regressed = (loss_after_a_cut(trained, how, precision=precision) for how in ways)
     assert scaled < 0.8 * plain
     assert regressed < 0.8 * plain
 

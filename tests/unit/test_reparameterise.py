@@ -17,7 +17,7 @@ from lightning_prune.surgery.mixing import Receiver
 from lightning_prune.surgery.readers import observe
 from lightning_prune.surgery.reparameterise import Regression, absorb, hand_over, kernels, put_back, regress
 from tests.fits import Residual
-from tests.helpers import Net, randomise, run
+from tests.helpers import HalfPrecision, Net, randomise, run
 
 GONE = torch.tensor([False, True, False, True, False])
 
@@ -119,6 +119,19 @@ def test_to_remove_what_the_others_can_tell_changes_nothing(kind):
     assert (after - before).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("kind", CASES)
+def test_under_autocast_as_much_is_handed_over(kind):
+    torch.manual_seed(1)
+    build, inputs = CASES[kind]
+    model = randomise(HalfPrecision(*build())).eval()
+    dependent(model[0])
+    bare = copy.deepcopy(model)
+    before, after = without_unit(model, inputs, "0")
+    handed = (after - before).abs().max()  # numbers are rounded to eight bits
+    before, after = without_unit(bare, inputs, "0", handed=False)
+    assert handed < 0.1 * (after - before).abs().max()
+
+
 @pytest.mark.parametrize(
     "reader",
     [nn.Conv2d(4, 3, 3, padding=1), nn.Conv2d(4, 3, 3, padding=2, stride=2), nn.ConvTranspose2d(4, 3, 2, stride=2)],
@@ -181,6 +194,18 @@ def test_what_is_worked_out_before_it_reads_is_left_alone():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), weight_norm(nn.Linear(4, 2)))
     (reader,) = watched(model, VECTORS).values()
     assert not reader.exact
+
+
+@pytest.mark.parametrize("halved", [False, True])
+def test_under_autocast_the_same_can_take_over(halved):
+    parts = [nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 3, bias=False), nn.BatchNorm2d(5), nn.ReLU()]
+    parts += [nn.Flatten(), weight_norm(nn.Linear(80, 6)), nn.ReLU(), nn.Linear(6, 3)]
+    found = watched((HalfPrecision if halved else nn.Sequential)(*parts), IMAGES)
+    assert [(reader.exact, reader.receiver and reader.receiver.tensor) for reader in found.values()] == [
+        (True, "3.running_mean"),
+        (False, None),
+        (True, "8.bias"),
+    ]
 
 
 def test_a_tied_weight_that_makes_channels_elsewhere_is_left_alone():

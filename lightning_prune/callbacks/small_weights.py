@@ -29,8 +29,8 @@ class SmallWeightSearch(WeightPruning):
     magnitude pruning, and the loss on these batches is never higher. It takes ``batches`` forwards for each of
     ``population * (generations + 1)`` trials, and up to three times that for each sweep, at each round.
 
-    ``examples/results/small_weights.md`` compares it with magnitude on two small nets: it gains most right after the cut
-    and where hardly any weights are left, and hundredths of a point where fine-tuning makes up for the choice anyway.
+    ``examples/results/small_weights.md`` compares it with magnitude on two small nets: it gains most right after the
+    cut and where hardly any weights are left, and hundredths of a point where fine-tuning makes up for the choice.
 
     Only an abstract of the thesis could be read: the buckets, the estimate, the optimizers and the sweeps are ours.
 

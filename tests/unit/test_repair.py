@@ -134,11 +134,12 @@ def test_a_unit_that_repeats_another_leaves_no_gap():
 
 def test_under_autocast_a_layer_is_rescaled_alike():
     torch.manual_seed(0)
-    model = randomise(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 1))).eval()
-    expected = refitted(model, VECTORS.float(), GONE)[2].weight
-    found = refitted(HalfPrecision(*model), VECTORS.float(), GONE)[2].weight
-    assert (expected - model[2].weight).abs().max() > 0.1
-    torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
+    model, inputs = randomise(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 1))).eval(), torch.randn(40, 3)
+    expected = refitted(model, inputs, GONE)[2].weight
+    found = refitted(HalfPrecision(*model), inputs, GONE)[2].weight
+    change = (expected - model[2].weight).abs().max()
+    assert change > 0.1
+    assert (found - expected).abs().max() < 0.1 * change  # what is read was rounded to eight bits
 
 
 def test_what_is_worked_out_before_it_reads_is_left_alone():

@@ -352,6 +352,7 @@ REFUSED = {
     "rolled channels": (lambda n, x: x.roll(2, 1), "is rolled by a number of places"),
     "the largest so far": (lambda n, x: x.cummax(1).values, "is mixed along by cummax"),
     "a window over the channels": (lambda n, x: x.as_strided((5, 8), (4, 1)), "is read by strides"),
+    "other strides in place": (lambda n, x: x.clone().as_strided_((5, 8), (1, 5)), "is read by strides"),
 }
 
 
@@ -369,3 +370,18 @@ def test_what_stays_whole_is_told_with_its_reason(name) -> None:
     }
     assert not {("a.weight", 0, 0), ("a.weight", 0, 4)} & cut
     assert any(reason in refusal.reason for refusal in graph.refused), graph.refused
+
+
+def test_strides_set_anew_as_they_were_are_followed() -> None:
+    # Older torch does so in place behind a mean over images with channels last.
+    parts = {"a": linear(4, 8), "b": linear(8, 3)}
+
+    def forward(net, x):
+        hidden = net.a(x).relu()
+        return net.b(hidden.as_strided_(hidden.shape, hidden.stride()))
+
+    net = Net(forward, **parts)
+    graph = trace(net, torch.randn(ROWS))
+    assert graph.widths == {"a": 8}
+    shrink(net, graph, {"a": torch.arange(8) % 2 == 0})
+    assert net.b.in_features == 4

@@ -211,6 +211,11 @@ def strided(call: Call) -> list[Planes]:
     return [tuple(Plane(p.ids.reshape(*p.ids.shape[:lead], *ones), p.zero) for p in planes)]
 
 
+def restrided(call: Call) -> list[Planes]:
+    """Other strides for a tensor itself: followed where it lies as before, which is all that torch does on its own."""
+    return [call.planes(call.tensors[0])] if call.hands_on else call.opaque("is read by strides")
+
+
 def _same_step(source: Tensor, target: Tensor, dim: int) -> bool:
     return source.shape[dim] == target.shape[dim] and source.stride(dim) == target.stride(dim)
 
@@ -222,6 +227,7 @@ _RESHAPES = (
 IN_PLACE: dict[str, Rule] = {
     **dict.fromkeys(("transpose_", "t_", "swapaxes_", "swapdims_", "unsqueeze_"), turned),
     "squeeze_": squeezed,
+    "as_strided_": restrided,
 }
 """Operators that give a tensor another shape while it stays the same tensor."""
 RULES: dict[str, Rule] = {

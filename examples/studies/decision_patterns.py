@@ -6,9 +6,8 @@
 Nets have two hidden layers of equal width. `prune`: from the starting width to the given one in one round after three
 tenths of the epochs, by decision patterns, by the size of the weights, or at random; what is left goes on from its
 weights (`keep`) or is drawn anew (`random`), after which only the width matters, so that one way of choosing stands for
-all. `search`: every cycle of epochs a
-tenth of the neurons goes by decision patterns and the rest is drawn anew, until validation accuracy falls short; the
-net goes back to the smallest width that was good enough.
+all. `search`: every cycle of epochs a tenth of the neurons goes by decision patterns and the rest is drawn anew, until
+validation accuracy falls short; the net goes back to the smallest width that was good enough.
 
 Presets: `source` is SGD with learning rate 0.01 and momentum 0.05, as the abstract of the source has it; `sound` is
 Adam with 0.001. Both are constant, so that each width of a search is trained alike.

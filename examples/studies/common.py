@@ -50,7 +50,7 @@ class Classifier(L.LightningModule):
         return cross_entropy(self(batch[0]), batch[1])
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.parameters(), self.rate)
+        optimizer = torch.optim.Adam(self.parameters(), self.rate, fused=True)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -111,7 +111,7 @@ class Constant(Classifier):
     """Adam at a constant rate."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), self.rate)
+        return torch.optim.Adam(self.parameters(), self.rate, fused=True)
 
 
 def ticket(task: str, units: str, sparsity: float, seed: int, data: Data, options: Any) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class TrainedTwice(Classifier):
     first = 0.5
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.parameters(), self.rate)
+        optimizer = torch.optim.Adam(self.parameters(), self.rate, fused=True)
         steps = int(self.trainer.estimated_stepping_batches)
         border = round(self.first * steps)
 

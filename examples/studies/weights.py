@@ -56,7 +56,7 @@ def main() -> None:
     options = parser.parse_args()
 
     def work(key: dict[str, Any]) -> dict[str, Any]:
-        module = fresh(key["net"], key["seed"], options.rate)
+        module = fresh(key["net"], key["seed"], key["rate"])
         pruning = METHODS[key["method"]](remove=key["sparsity"], seed=key["seed"], shrink="never")
         return trained(module, key["net"], pruning, options)
 

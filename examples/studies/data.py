@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import functools
+import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
-from torchvision.io import ImageReadMode, decode_image
 
 HELD_OUT = 5000
 """Training images, the last ones, on which every choice is made; a fifth of them if there are fewer than 25,000."""
@@ -92,20 +93,27 @@ def _part(name: str, folder: Path, train: bool) -> tuple[Tensor, Tensor]:
         return _from_classes(folder / name / word)
     if files:
         stored = np.load(files[0])
-        packed, offsets = torch.from_numpy(stored["jpeg"]), stored["offsets"]
-        decoded = [decode_image(packed[a:b]) for a, b in itertools.pairwise(offsets)]
-        return torch.stack(decoded), torch.from_numpy(stored["labels"])
+        packed, offsets = stored["jpeg"], stored["offsets"]
+        images = _decoded(io.BytesIO(packed[a:b]) for a, b in itertools.pairwise(offsets))
+        return images, torch.from_numpy(stored["labels"])
     known = getattr(datasets, name)(str(folder), train=train)
-    images = torch.as_tensor(known.data)
-    return images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2), torch.as_tensor(known.targets)
+    return _channels_first(torch.as_tensor(known.data)), torch.as_tensor(known.targets)
 
 
 def _from_classes(folder: Path) -> tuple[Tensor, Tensor]:
     """Images of one folder for each class, in an order that has nothing to do with the class."""
     samples = datasets.ImageFolder(str(folder)).samples
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
-    images = [decode_image(samples[i][0], ImageReadMode.UNCHANGED) for i in order]
-    return torch.stack(images), torch.tensor([samples[i][1] for i in order])
+    return _decoded(samples[i][0] for i in order), torch.tensor([samples[i][1] for i in order])
+
+
+def _decoded(files: Iterable[Any]) -> Tensor:
+    """Images of equal size from files, or from names of files."""
+    return _channels_first(torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in files]))
+
+
+def _channels_first(images: Tensor) -> Tensor:
+    return images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
 
 
 def batches(part: Images, size: int = 128, shuffle: bool = True) -> DataLoader[Any]:

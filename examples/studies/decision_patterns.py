@@ -10,8 +10,8 @@ all. `search`: every cycle of epochs a tenth of the neurons goes by decision pat
 validation accuracy falls short; the net goes back to the smallest width that was good enough.
 
 Presets: `source` is SGD with a constant learning rate of 0.01 and momentum 0.05, as the abstract of the source has it;
-`sound` is Adam, whose rate falls from 0.001 along half a cosine over the fit, or, that each width of a search is trained
-alike, over each of its cycles.
+`sound` is Adam, whose rate falls from 0.001 along half a cosine over the fit, or, that each width of a search is
+trained alike, over each of its cycles.
 
 Accuracy and spread are percentages; the spread is that between the best and the worst seed, for a search between the
 best and the worst width that it tried. Seconds are those of a fit, for a search those of one cycle. The source scored

@@ -20,8 +20,8 @@ COMMANDS = {
     "memory": [*ONE_FIT, "--removed", "0.5", "--rounds", "2", "--methods", "bayesian", "l2, one shot, last"],
     "random_networks": ["--nets", "conv-4", "--epochs", "1", "--methods", "trained", "random", "--tune"],
     "reinitialisations": ["--tasks", "mnist-conv", "--units", "channels", "--epochs", "1", "--look", "3"],
-    "scoring_net": ["--tasks", "mnist-conv", "--epochs", "2", "--modes", "init", "--steps", "3", "--adapt", "1", "--parts", "stages",
-                    "transfer"],
+    "scoring_net": ["--tasks", "mnist-conv", "--epochs", "2", "--modes", "init", "--steps", "3", "--adapt", "1",
+                    "--parts", "stages", "transfer"],
     "small_weights": ["--tasks", "mnist-conv", "--epochs", "1", "--tuning", "1", "--sparsities", "0.5", "--methods",
                       "magnitude", "swaps", "genetic", "--sweeps", "1", "--batches", "2"],
     "structure_search": [*ONE_FIT, "--removed", "0.5", "--methods", "l1", "random, one fit", "--tuning", "1",
@@ -56,4 +56,5 @@ def test_study_writes_its_table(name, pictures, tmp_path, monkeypatch):
     assert title.startswith("# ")
     assert any(line.startswith("Made by `") for line in lines)
     head = next(number for number, line in enumerate(lines) if line.startswith("|--"))
-    assert lines[head + 1].startswith("| ") and lines[head + 1].count("|") == lines[head - 1].count("|")
+    assert lines[head + 1].startswith("| ")
+    assert lines[head + 1].count("|") == lines[head - 1].count("|")

@@ -22,7 +22,15 @@ from lightning_prune.surgery.resize import Cut, resize_optimizers
 from lightning_prune.surgery.symbols import Setting
 from lightning_prune.surgery.transaction import applied
 from lightning_prune.surgery.trial import settle_groups
-from lightning_prune.surgery.verify import Scales, largest_difference, masked_outputs, outputs
+from lightning_prune.surgery.verify import (
+    Observed,
+    Scales,
+    UnequalError,
+    largest_difference,
+    masked_outputs,
+    outputs,
+    tolerant,
+)
 
 Agree = Callable[[Sequence[str]], Sequence[str]]
 """Given the groups that this process cannot cut, says which ones some process cannot; called once by each process."""
@@ -126,7 +134,9 @@ def shrink(
         graph: Its channel graph; stale after the shrink, trace again for another one.
         keep: Kept units of each group that is cut: int64 indices in rising order, or a bool mask of ``[width]``.
         optimizers: Optimizers whose state is cut along.
-        verify: Whether to compare the outputs too.
+        verify: Whether to compare the outputs too. In single precision they may differ by 1e-4 of the largest value;
+            where the network itself makes more of rounding, by ten times what a last digit of its weights changes, but
+            never by more than 1e-2.
         agree: Where several processes hold the network: called by each of them, when it has proven the cut and not yet
             completed it, or cannot, with the groups that it cannot cut; returns those that any process cannot. If there
             are any, all processes leave their network as it was.
@@ -189,17 +199,34 @@ def _shrink(
     try:
         scales = _scales(analysis, units) if verify else {}
         expected = masked_outputs(analysis, units, scales) if verify else None
-        with applied(analysis, units) as transaction:
-            transaction.prove()
-            error = None if expected is None else largest_difference(expected, outputs(analysis, expected))
-            if agree is not None and (blamed := agree(())):
-                raise _ElsewhereError(f"another process cannot cut {', '.join(blamed)}; nothing was changed", blamed)
-            resize_optimizers(optimizers, transaction.tensors, transaction.cuts, transaction.saved)
+        try:
+            shrunk = _completed(analysis, units, expected, optimizers, agree)
+        except UnequalError:
+            assert expected is not None
+            expected = tolerant(analysis, units, scales, expected)
+            shrunk = _completed(analysis, units, expected, optimizers, agree)
     except _ElsewhereError:
         raise
     except ShrinkError as problem:
         raise _not_exact(analysis, units, problem) from problem
     forget_caches(analysis.model)
+    return shrunk
+
+
+def _completed(
+    analysis: Analysis,
+    units: Mapping[str, Tensor],
+    expected: Observed | None,
+    optimizers: Iterable[Optimizer],
+    agree: Agree | None,
+) -> Shrunk:
+    """Cut the network and its optimizers, if what it hands out then is as expected."""
+    with applied(analysis, units) as transaction:
+        transaction.prove()
+        error = None if expected is None else largest_difference(expected, outputs(analysis, expected))
+        if agree is not None and (blamed := agree(())):
+            raise _ElsewhereError(f"another process cannot cut {', '.join(blamed)}; nothing was changed", blamed)
+        resize_optimizers(optimizers, transaction.tensors, transaction.cuts, transaction.saved)
     return Shrunk(transaction.settings, transaction.cuts, error)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_prune import ShrinkError, shrink, trace
-from lightning_prune.surgery.verify import Observed, Output, largest_difference
+from lightning_prune.surgery.verify import Observed, Output, largest_difference, masked_outputs, tolerant
 
 
 class Branching(nn.Module):
@@ -69,3 +69,48 @@ class TestDifference:
         shrunk = shrink(model, trace(model, inputs), {"first": torch.tensor([0, 5])})
         assert shrunk.error < 1e-5
         assert model(inputs)[:, 1].tolist() == [-INF] * 3
+
+
+class Cancelling(nn.Module):
+    """What is left of two linear layers that nearly cancel each other, as large as if they did not."""
+
+    def __init__(self, gap: float):
+        super().__init__()
+        self.first, self.plus, self.minus, self.gap = nn.Linear(8, 3000), nn.Linear(3000, 4), nn.Linear(3000, 4), gap
+        with torch.no_grad():
+            for name, parameter in self.minus.named_parameters():
+                parameter.copy_((1 - gap) * self.plus.get_parameter(name))
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return (self.plus(x) - self.minus(x)) / self.gap
+
+
+class TestAmplifiedRounding:
+    def cut(self, gap):
+        torch.manual_seed(0)
+        model, inputs = Cancelling(gap), torch.randn(16, 8)
+        graph, keep = trace(model, inputs), {"first": torch.randperm(3000)[:777]}
+        return model, graph, keep, lambda: shrink(model, graph, keep)
+
+    def test_that_of_the_network_itself_is_allowed(self):
+        model, *_, cut = self.cut(1e-3)
+        assert 1e-4 < cut().error < 1e-2
+        assert model.plus.in_features == 777
+
+    def test_but_no_large_difference(self):
+        model, *_, cut = self.cut(1e-5)
+        with pytest.raises(ShrinkError, match="differs from the masked one"):
+            cut()
+        assert model.plus.in_features == 3000
+
+    @pytest.mark.parametrize(("gap", "low", "high"), [(1.0, 1e-4, 1e-4), (1e-2, 2e-4, 9e-3), (1e-7, 1e-2, 1e-2)])
+    def test_what_it_allows(self, gap, low, high):
+        model, graph, keep, _ = self.cut(gap)
+        units = {name: units.sort().values for name, units in keep.items()}
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        expected = masked_outputs(graph.evidence, units)
+        allowed = tolerant(graph.evidence, units, {}, expected).outputs[0]
+        assert low <= allowed.tolerance <= high
+        torch.testing.assert_close(allowed.value, expected.outputs[0].value, rtol=0, atol=0)
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)

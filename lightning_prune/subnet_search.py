@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from lightning_prune.errors import BudgetError
-from lightning_prune.threshold_net import (
-    ThresholdNet,
-    importance_gradients,
-    prefix,
-    relative,
-    standing,
-    statistics,
-)
+from lightning_prune.threshold_net import ThresholdNet, importance_gradients, relative, standing, statistics
 
-_FACTORS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+THRESHOLDS = [0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+"""Shares of the mass that are drawn from unless others are given."""
+Meet = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+class Candidate(NamedTuple):
+    """A subnet that was drawn.
+
+    Attributes:
+        standings: How far inside the drawn share of the mass each unit lies, by group; higher = keep.
+        chosen: Number of the threshold of each group.
+    """
+
+    standings: dict[str, Tensor]
+    chosen: Tensor
 
 
 class SubnetSearch:
@@ -72,32 +77,57 @@ class SubnetSearch:
         for name, start in self._start.items():
             start[scores[name].argsort(stable=True).to(start.device)] = torch.linspace(0, 1, len(start))
 
-    def draw(self, noise: float, generator: torch.Generator) -> float:
-        """Choose the next subnet.
+    def compete(
+        self, candidates: int, noise: float, meet: Meet, reward: Callable[[Mapping[str, Tensor]], float],
+        generator: torch.Generator,
+    ) -> tuple[float, float]:  # fmt: skip
+        """Draw subnets, learn from how good they are, and make the best one the present subnet if it is better.
 
         Args:
-            noise: Size of the Gumbel noise on the importances that it is chosen by.
+            candidates: How many to draw.
+            noise: Size of the Gumbel noise on the importances that they are chosen by.
+            meet: What is kept, as bool masks, of units that stand so.
+            reward: How good a subnet is, given what it keeps; it is asked about the present one last.
             generator: Where randomness comes from.
 
         Returns:
-            Share of the units that it and the last one both have or both lack; 0 if there was none.
+            Reward of what was the present subnet, and the least share of units that a candidate has in common with it.
         """
-        importances = self.importances
-        seen = statistics(list(importances.values()))
-        chosen = self._net.sample(seen, generator)
-        drawn = {}
-        for (name, values), mass in zip(importances.items(), self._net.thresholds[chosen].tolist(), strict=True):
-            gumbel = -torch.empty_like(values).exponential_(generator=generator).log()
-            drawn[name] = prefix(values + noise * gumbel, mass)
-        same = [(drawn[name] == mask).float() for name, mask in self.keep.items()]
-        self.keep.update(drawn)
-        self._state.update(seen=seen, chosen=chosen)
-        return float(torch.cat(same).mean()) if same else 0.0
-
-    def learn(self, reward: float) -> None:
-        """Have the threshold network learn how good the present subnet is."""
-        self._net.reinforce(self._state["seen"], self._state["chosen"], reward)
+        if not self.keep:
+            self.keep.update(meet(self.present().standings))
+        drawn = [self._draw(noise, generator) for _ in range(candidates)]
+        keeps = [meet(candidate.standings) for candidate in drawn]
+        rewards = [reward(keep) for keep in keeps]
+        self._net.reinforce(self._seen(), torch.stack([candidate.chosen for candidate in drawn]), torch.tensor(rewards))
         self._state["net"] = self._net.state_dict()
+        alike = [torch.cat([keep[name] == self.keep[name] for name in keep]).float().mean() for keep in keeps]
+        best, present = max(range(candidates), key=rewards.__getitem__), reward(self.keep)
+        if rewards[best] > present:
+            self.keep.update(keeps[best])
+            self._state["chosen"] = drawn[best].chosen
+        return present, float(min(alike))
+
+    def present(self) -> Candidate:
+        """The present subnet, by its thresholds and the importances of now; at first all thresholds are the same."""
+        same = torch.zeros(len(self._start), dtype=torch.long)
+        return self._candidate(self.importances, self._state.get("chosen", same))
+
+    def _draw(self, noise: float, generator: torch.Generator) -> Candidate:
+        """A subnet by thresholds that are drawn by what was learnt of them."""
+        chosen = self._net.sample(self._seen(), generator)
+        noisy = {
+            name: values - noise * torch.empty_like(values).exponential_(generator=generator).log()
+            for name, values in self.importances.items()
+        }
+        return self._candidate(noisy, chosen)
+
+    def _seen(self) -> Tensor:
+        return statistics(list(self.importances.values()))
+
+    def _candidate(self, importances: Mapping[str, Tensor], chosen: Tensor) -> Candidate:
+        shares = self._net.thresholds[chosen].tolist()
+        named = zip(importances.items(), shares, strict=True)
+        return Candidate({name: standing(values, share) for (name, values), share in named}, chosen)
 
     def step(self, slopes: Mapping[str, Tensor]) -> None:
         """Move the importances in the subnet, given derivatives of the loss with respect to :meth:`gates`."""
@@ -111,42 +141,7 @@ class SubnetSearch:
             values.copy_(torch.where(self.keep[name], values, before[name]))
         self._state["optimizer"] = self._optimizer.state_dict()
 
-    def gates(self) -> dict[str, Tensor]:
-        """What each channel is multiplied with; 0 outside the subnet."""
-        return {name: relative(values, self.keep[name]) * self.keep[name] for name, values in self._alpha.items()}
-
-    def standings(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """How far inside the subnet of the mean thresholds each unit of the named groups lies; higher = keep."""
-        importances = self.importances
-        expected = self._net.expected(statistics(list(importances.values()))).tolist()
-        shares = dict(zip(importances, expected, strict=True))
-        return {name: standing(importances[name], shares[name]) for name in names}
-
-
-def thresholds_for(cost: Callable[[float], float], allowed: float, given: Sequence[float] | None) -> list[float]:
-    """The shares of the mass to draw from.
-
-    Args:
-        cost: Cost of the network with a share of the units of each group.
-        allowed: Cost that it may have in the end.
-        given: What the user wants; default: six about the largest share that costs no more than allowed.
-
-    Raises:
-        BudgetError: If even the smallest of those given costs more.
-
-    Example:
-        >>> [round(share, 2) for share in thresholds_for(lambda share: share**2, 0.25, None)]
-        [0.35, 0.4, 0.45, 0.5, 0.55, 0.6]
-    """
-    if given is None:
-        grid = [n / 1000 for n in range(1, 1001)]
-        largest = grid[max(bisect_right(grid, allowed * (1 + 1e-9), key=cost) - 1, 0)]
-        return sorted({min(largest * factor, 1.0) for factor in _FACTORS})
-    smallest = min(given)
-    if cost(smallest) > allowed:
-        raise BudgetError(
-            f"the smallest subnet that is looked at, with {smallest:g} of the mass while importances are equal, costs "
-            f"{cost(smallest) / cost(1.0):.1%} of the network, but no more than {allowed / cost(1.0):.1%} are to be "
-            f"left. Lower remove, or have smaller thresholds."
-        )
-    return sorted(given)
+    def gates(self, keep: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """What each channel is multiplied with, 0 outside the subnet: the present one, or another."""
+        keep = self.keep if keep is None else keep
+        return {name: relative(values, keep[name]) * keep[name] for name, values in self._alpha.items()}

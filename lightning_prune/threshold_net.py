@@ -135,7 +135,6 @@ class ThresholdNet:
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr)
-        self.baseline: float | None = None
 
     def probabilities(self, seen: Tensor) -> Tensor:
         """Probability of each threshold for each group, of shape ``[groups, thresholds]``.
@@ -150,33 +149,29 @@ class ThresholdNet:
         """The number of a threshold for each group, drawn by :meth:`probabilities`."""
         return torch.multinomial(self.probabilities(seen), 1, generator=generator)[:, 0]
 
-    def expected(self, seen: Tensor) -> Tensor:
-        """Mean threshold of each group."""
-        return self.probabilities(seen).double() @ self.thresholds
-
-    def reinforce(self, seen: Tensor, chosen: Tensor, reward: float) -> None:
-        """Make the chosen thresholds more probable if the reward is above that of late, and less if it is below.
+    def reinforce(self, seen: Tensor, chosen: Tensor, rewards: Tensor) -> None:
+        """Make choices more probable whose reward is above the mean, and those less whose is below.
 
         Args:
-            seen: What the choice was made by.
-            chosen: Number of the chosen threshold of each group.
-            reward: The higher, the better.
+            seen: What the choices were made by.
+            chosen: Numbers of the chosen thresholds, of shape ``[choices, groups]``.
+            rewards: The higher, the better, of shape ``[choices]``; only how they compare with each other counts.
         """
-        baseline = reward if self.baseline is None else self.baseline
-        self.baseline = 0.9 * baseline + 0.1 * reward
+        spread = float(rewards.std(unbiased=False))
+        if spread == 0:
+            return
+        advantages = (rewards - rewards.mean()) / spread
         with torch.enable_grad():
-            logarithms = torch.log_softmax(self.network(seen), 1).gather(1, chosen[:, None])
+            logarithms = torch.log_softmax(self.network(seen), 1).gather(1, chosen.T)
             self.optimizer.zero_grad()
-            (-(reward - baseline) * logarithms.sum()).backward()
+            (-(advantages * logarithms.sum(0)).mean()).backward()
         self.optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
         """All that it has learnt, in plain types."""
-        parts = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return copy.deepcopy({**parts, "baseline": self.baseline})
+        return copy.deepcopy({"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        self.baseline = state["baseline"]

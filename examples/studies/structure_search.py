@@ -5,8 +5,8 @@
 
 `l1`, `slimming` and `group norm` train the whole net for `--epochs` epochs, the latter two under their penalty, prune
 it in one round and fine-tune for `--tuning` epochs, each with a cosine schedule of its own. `search and train` takes
-`--one_fit` epochs in all, so many that it needs no more than 60 % of what those do; `robust` learns from teachers as
-well. `l1, one fit` prunes at the moment when the search ends and trains for as many epochs, `random, one fit` does so
+`--one_fit` epochs in all, so many that its training costs about 60 % of theirs at the most; `robust` learns from
+teachers as well. `l1, one fit` prunes at the moment when the search ends and trains for as many epochs, `random, one fit` does so
 at the ratios of l2. `dense` is not pruned, and trained for `--epochs` and `--tuning`. All others remove the same share
 of the multiply-accumulates.
 
@@ -66,7 +66,7 @@ PRE_TRAINED = ["l1", "slimming", "group norm"]
 def main() -> None:
     parser = fit_arguments(__doc__, list(METHODS), SMALL, epochs=10, train=10_000)
     parser.add_argument("--tuning", type=int, default=10, help="epochs after pruning a net that was trained before")
-    parser.add_argument("--one_fit", type=int, default=16, help="epochs of those that prune as they train")
+    parser.add_argument("--one_fit", type=int, default=14, help="epochs of those that prune as they train")
     parser.add_argument("--removed", type=float, nargs="+", default=[0.5, 0.7], help="shares of the MACs")
     add_precision(parser)
     options = parser.parse_args()

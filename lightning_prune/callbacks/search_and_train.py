@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from lightning import Trainer
@@ -15,43 +16,43 @@ from typing_extensions import override
 from lightning_prune.callbacks.base import Shrink
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.subnet_methods import SubnetPruning
+from lightning_prune.callbacks.subnets import SubnetTraining
 from lightning_prune.choices import unknown_name
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.gated_training import moved_by, refuse_repeated_losses
 from lightning_prune.schedules import OneShot, Position, Unit
-from lightning_prune.subnet_search import SubnetSearch, thresholds_for
+from lightning_prune.subnet_search import THRESHOLDS, SubnetSearch
 from lightning_prune.threshold_net import relative
 
 
 class SearchAndTrain(SubnetPruning):
     """Finds a subnet while it trains the network from scratch, in one fit (Lu et al., 2020 and 2023).
 
-    After a coarse training of the whole network, subnets are drawn one after another: each channel has an
-    importance, and of each group the most important ones stay that together have a share of the mass which a small
-    network draws from the importances. Some optimizer steps move the importances, and with them factors of the
-    channels, the others the weights of the subnet; what it leaves out keeps its values. After each subnet the small
-    network learns from its loss and its cost (REINFORCE). Once subnets hardly change, or time is up, the budget is
-    met by the importances under the learnt shares, the rest is removed, and the subnet trains on.
+    After a coarse training of the whole network, subnets are drawn again and again: each channel has an importance,
+    and of each group the most important ones stay that together have a share of the mass which a small network draws
+    from the importances; all shares are scaled so that the subnet meets the budget. The losses of the candidates of a
+    time teach the small network (REINFORCE), and the best of them is trained if it beats the present subnet on the
+    same batches. Some optimizer steps move the importances, and with them factors of the channels, the others the
+    weights of the subnet; what it leaves out keeps its values. Once all candidates are nearly the present subnet, or
+    time is up, the rest is removed, and the subnet trains on.
 
-    Only an abstract of the later work could be read. Ours are: importances that begin in the order of the norms
-    which channels have after the coarse training (theirs are drawn), factors that begin at 1 and follow what a
-    channel's mass gains against the mean of the subnet, Adam for the importances, all training by the module's own
-    optimizer and schedule without restarts, the loss of a subnet as the mean over a few batches at its end, shares
-    of the mass made from the budget, how the budget is met, and of ``robust`` the whole composition: who teaches,
-    when, and with what weights.
+    Only an abstract of the later work could be read. Ours are: that subnets meet the budget, where theirs pay for
+    their cost, and that of several only one is trained, if it is better, where theirs trains each; importances that
+    begin in the order of the norms after the coarse training (theirs are drawn), factors that begin at 1 and follow
+    what a channel's mass gains against the mean of the subnet, Adam for the importances, all training by the module's
+    own optimizer and schedule without restarts, and of ``robust`` the whole: who teaches, when, and with what weights.
 
     Args:
         remove: Fraction to remove in all, in [0, 1).
-        of: What it is a fraction of, and what a subnet's cost is measured in.
+        of: What it is a fraction of.
         coarse, at: Positions at which the search begins, and at which it ends and channels go.
         unit: Of both: ``"fraction"`` of the fit, ``"epoch"`` or ``"step"``.
-        iterations: Number of subnets to train in this time.
+        iterations: How many times subnets are drawn in this time.
+        candidates: How many are drawn each time, at least 2.
         alpha_every: Every how many-th optimizer step moves the importances instead of weights.
         variance: How much it counts, against the loss, that the importances of a group lie apart.
-        thresholds: Shares of the mass to draw from, each in (0, 1]; default: six about the one that meets the budget
-            while importances are equal.
+        thresholds: Shares of the mass to draw from, each in (0, 1], of which only ratios count; default: 0.5 to 1.
         alpha_lr, threshold_lr: Learning rates of the importances and of the small network.
-        cost_weight: How much the cost of a subnet, as a share of the whole, counts against its loss.
         noise: Size of the Gumbel noise on the importances that subnets are drawn by, in the first half of the search.
         batches: Number of batches that the loss of a subnet is measured on.
         robust: Whether subnets learn half from teachers, each the more for a sample the less it errs on it: the moving
@@ -64,7 +65,7 @@ class SearchAndTrain(SubnetPruning):
 
     Raises:
         ConfigurationError: If an argument is wrong, or the phases do not fit into the fit.
-        BudgetError: If the budget is out of reach on this network, or below what the smallest subnet costs.
+        BudgetError: If the budget is below what the smallest subnet costs.
 
     Example:
         >>> import lightning as L
@@ -77,7 +78,7 @@ class SearchAndTrain(SubnetPruning):
         self, remove: float = 0.5, of: Literal["channels", "params", "macs"] = "macs", coarse: float = 0.1,
         at: float = 0.3, unit: Unit = "fraction", iterations: int = 10, alpha_every: int = 5, alpha_lr: float = 0.005,
         variance: float = 0.1, thresholds: Sequence[float] | None = None, threshold_lr: float = 0.01,
-        cost_weight: float = 2.0, noise: float = 0.05, batches: int = 4, include: Sequence[str] | None = None,
+        candidates: int = 4, noise: float = 0.05, batches: int = 4, include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None, round_to: int = 1, min_channels: int | float = 1,
         shrink: Shrink = "rounds", verify: bool = True, recalibrate: int = 0, seed: int = 0,
         directory: str | None = None, robust: bool = False, teachers: Sequence[str] | None = None,
@@ -91,10 +92,10 @@ class SearchAndTrain(SubnetPruning):
             raise unknown_name("measure of SearchAndTrain", of, ["channels", "params", "macs"])
         if not 0 <= coarse < at:
             raise ConfigurationError(f"the search must begin before it ends, but it is from {coarse} to {at}.")
-        if iterations < 1 or alpha_every < 2 or batches < 1 or min(alpha_lr, threshold_lr) <= 0:
+        if min(iterations, batches) < 1 or min(alpha_every, candidates) < 2 or min(alpha_lr, threshold_lr) <= 0:
             raise ConfigurationError(
-                f"iterations and batches must be at least 1, alpha_every at least 2 and learning rates above 0, but "
-                f"they are {iterations}, {batches}, {alpha_every}, {alpha_lr} and {threshold_lr}."
+                f"iterations and batches must be at least 1, alpha_every and candidates at least 2 and rates above 0, "
+                f"but are {iterations}, {batches}, {alpha_every}, {candidates}, {alpha_lr} and {threshold_lr}."
             )
         if thresholds is not None and not (thresholds and all(0 < share <= 1 for share in thresholds)):
             raise ConfigurationError(f"thresholds must be shares in (0, 1], but are {list(thresholds)}.")
@@ -102,7 +103,7 @@ class SearchAndTrain(SubnetPruning):
             raise ConfigurationError("teachers are asked only with robust=True: set it, or leave them out.")
         self.coarse, self.at, self.unit, self.iterations, self.batches = coarse, at, unit, iterations, batches
         self.alpha_every, self.alpha_lr, self.variance, self.noise = alpha_every, alpha_lr, variance, noise
-        self.thresholds, self.threshold_lr, self.cost_weight = thresholds, threshold_lr, cost_weight
+        self.thresholds, self.threshold_lr, self.candidates = thresholds, threshold_lr, candidates
         self.robust, self.teachers, self.output_of, self.labels = robust, teachers, output_of, labels
 
     @override
@@ -119,16 +120,11 @@ class SearchAndTrain(SubnetPruning):
     def prepare(self, network: Network) -> None:
         super().prepare(network)
         groups = self.groups(network)
-
-        def cost(share: float) -> float:
-            widths = {name: math.ceil(share * group.width - 1e-9) for name, group in groups.items()}
-            return self._cost(network)({**network.graph.widths, **widths})
-
-        thresholds = thresholds_for(cost, self._dense_cost() * (1 - self.remove), self.thresholds)
         self.per_unit["start"] = {name: torch.zeros(group.width) for name, group in groups.items()}
         self.per_unit["alpha"] = {name: torch.zeros(group.width) for name, group in groups.items()}
         self.per_unit["keep"] = {}
-        self.learnt.update(search={"thresholds": thresholds}, count=0, step=-1, iteration=-1, settled=False)
+        state = {"thresholds": self.thresholds or THRESHOLDS}
+        self.learnt.update(search=state, count=0, step=-1, iteration=-1, settled=False)
 
     @override
     def resume(self, network: Network) -> None:
@@ -151,30 +147,24 @@ class SearchAndTrain(SubnetPruning):
         subnet = self._subnet or self.open(network)
         iteration = min(math.floor(share * self.iterations + 1e-9), self.iterations - 1)
         if iteration != self.learnt["iteration"]:
-            if self._search.keep:
-                self._search.learn(reward := self._reward(network))
-                self.rank_subnet(network, reward)
-            noise = self.noise if iteration < self.iterations / 2 else 0.0
-            agreement = self._search.draw(noise, self.generator(f"subnet {iteration}"))
-            self.learnt.update(iteration=iteration, settled=agreement >= 0.98)
+            self.learnt.update(iteration=iteration, settled=self._compete(network, subnet, iteration))
             subnet.enter(self._search.gates())
         if position.step != self.learnt["step"]:  # else gradients of this step are accumulating
             self.learnt.update(step=position.step, count=self.learnt["count"] + 1)
 
     @override
     def before_step(self, network: Network, optimizer: Optimizer) -> None:
-        if self._subnet is None:
-            return
-        if self.learnt["count"] % self.alpha_every:
-            self._subnet.before_step(moved_by(optimizer, network.tensors))
-        else:
-            self._search.step(self._subnet.slopes(moved_by(optimizer, network.tensors)))
+        moved = moved_by(optimizer, network.tensors)
+        if self._subnet is not None and self.learnt["count"] % self.alpha_every:
+            self._subnet.before_step(moved)
+        elif self._subnet is not None:
+            self._search.step(self._subnet.slopes(moved))
             self._subnet.enter(self._search.gates())
             optimizer.zero_grad(set_to_none=True)
 
     @override
     def select(self, network: Network, level: float) -> dict[str, Tensor]:
-        return self._selection(network, self._search.standings(self._eligible(network)), level)
+        return self._selection(network, self._search.present().standings, level)
 
     @override
     def carry_out(self, network: Network, level: float) -> None:
@@ -190,8 +180,20 @@ class SearchAndTrain(SubnetPruning):
         settled = self._record.get("learnt", {}).get("settled", False)
         return super()._round_if_due(trainer, Position(math.inf, math.inf, 1.0) if settled else position)
 
-    def _reward(self, network: Network) -> float:
-        """How good the present subnet is."""
-        widths = {**network.graph.widths, **{name: int(keep.sum()) for name, keep in self._search.keep.items()}}
-        cost = self._cost(network)(widths) / self._dense_cost()
-        return -(network.probe.loss(network.probe.batches(self.batches)) + self.cost_weight * cost)
+    def _compete(self, network: Network, subnet: SubnetTraining, iteration: int) -> bool:
+        """See whether another subnet is better than the present one, and whether all of them are nearly it by now."""
+        batches, trained = network.probe.batches(self.batches), bool(self._search.keep)
+        noise = self.noise if iteration < self.iterations / 2 else 0.0
+        meet, reward = partial(self._selection, network, level=1.0), partial(self._reward, network, subnet, batches)
+        draw = self.generator(f"subnet {iteration}")
+        present, alike = self._search.compete(self.candidates, noise, meet, reward, draw)
+        if trained:
+            self.rank_subnet(network, present)
+        return trained and alike >= 0.98
+
+    def _reward(
+        self, network: Network, subnet: SubnetTraining, batches: Sequence[Any], keep: Mapping[str, Tensor]
+    ) -> float:
+        """How good a subnet is, which the network holds afterwards."""
+        subnet.enter(self._search.gates(keep))
+        return -network.probe.loss(batches)

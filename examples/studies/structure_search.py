@@ -6,9 +6,9 @@
 `l1`, `slimming` and `group norm` train the whole net for `--epochs` epochs, the latter two under their penalty, prune
 it in one round and fine-tune for `--tuning` epochs, each with a cosine schedule of its own. `search and train` takes
 `--one_fit` epochs in all, so many that its training costs about 60 % of theirs at the most; `robust` learns from
-teachers as well. `l1, one fit` prunes at the moment when the search ends and trains for as many epochs, `random, one fit` does so
-at the ratios of l2. `dense` is not pruned, and trained for `--epochs` and `--tuning`. All others remove the same share
-of the multiply-accumulates.
+teachers as well. `l1, one fit` prunes at the moment when the search ends and trains for as many epochs, `random, one
+fit` does so at the ratios of l2. `dense` is not pruned, and trained for `--epochs` and `--tuning`. All others remove
+the same share of the multiply-accumulates.
 
 `training GMACs` are those of all training steps, at the widths that the network has at each of them: three times those
 of a forward for each image. What is spent on evaluating subnets or channels, and on teachers, shows in the seconds

@@ -39,7 +39,7 @@ class HandingOver(PhasedPruning):
         return Repair("regression" if self.reparameterise else "none", self.batches, self.ridge)
 
     def evidence(self, network: Network, draw: Tensor) -> dict[str, Tensor]:
-        """What speaks for each unit that may go; by its L2 norm, at the mean of the others, where nothing reads it.
+        """What speaks for each unit that may go, relative to the mean of its group; by L2 norms where nothing reads it.
 
         Args:
             network: The network as it is.
@@ -47,11 +47,9 @@ class HandingOver(PhasedPruning):
         """
         names = self._eligible(network)
         found = evidence_of(self._readers, network.tensors, names, draw)
-        if unread := [name for name in names if name not in found]:
-            typical = torch.cat(list(found.values())).mean() if found else torch.ones(())
-            norms = self._scores(network)
-            found |= {name: normalise(norms[name], network.masks.keep[name]).cpu() * typical for name in unread}
-        return found
+        if any(name not in found for name in names):
+            found = self._scores(network) | found
+        return {name: normalise(found[name], network.masks.keep[name]).cpu() for name in names}
 
     @override
     def _selected(self, network: Network, level: float, otherwise: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -142,6 +142,21 @@ def test_what_no_parameter_reads_goes_by_its_norm():
     assert torch.nn.functional.cosine_similarity(module.query.weight[0], weak, dim=0) > 0.9
 
 
+def test_evidence_is_relative_to_the_mean_of_what_is_left_of_a_group():
+    found = []
+
+    class Noting(BayesianPruning):
+        def evidence(self, network, draw):
+            evidence = super().evidence(network, draw)
+            found.append({name: evidence[name][keep].mean() for name, keep in network.masks.keep.items()})
+            return evidence
+
+    fit(Noting(remove=0.5, of="channels", rounds=3, draws=2, batches=2, shrink="end"), epochs=6)
+    assert len(found) == 3 * (2 + 1)
+    for means in found:
+        assert torch.stack(list(means.values())) == pytest.approx(1.0)
+
+
 @pytest.fixture(scope="module")
 def done():
     callback = bayesian(remove=0.6)

@@ -136,7 +136,7 @@ def shrink(
         optimizers: Optimizers whose state is cut along.
         verify: Whether to compare the outputs too. In single precision they may differ by 1e-4 of the largest value;
             where the network itself makes more of rounding, by ten times what a last digit of its weights changes, but
-            never by more than 1e-2.
+            never by more than 5 %.
         agree: Where several processes hold the network: called by each of them, when it has proven the cut and not yet
             completed it, or cannot, with the groups that it cannot cut; returns those that any process cannot. If there
             are any, all processes leave their network as it was.

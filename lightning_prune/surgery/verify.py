@@ -28,8 +28,8 @@ _TOLERANCE = {
 }
 
 
-_AMPLIFIED, _MOST = 10.0, 100.0
-"""How far beyond what rounding its weights does to a network a difference may go, and how far beyond the tolerance."""
+_AMPLIFIED, _MOST = 10.0, 0.05
+"""How far beyond what rounding its weights does to a network a difference may go, and how far at the most."""
 
 Scales = Mapping[int, Mapping[int, float]]
 """Numbers that follow the widths, by the ``id`` of a program's events and the position among them."""
@@ -161,7 +161,7 @@ def tolerant(analysis: Analysis, keep: Mapping[str, Tensor], scales: Scales, exp
     """
     moved = masked_outputs(analysis, keep, scales, rounded=True)
     allowed = [
-        Output(value, min(max(tolerance, _AMPLIFIED * _difference(value, other.value)), _MOST * tolerance))
+        Output(value, max(tolerance, min(_AMPLIFIED * _difference(value, other.value), _MOST)))
         if value.shape == other.value.shape
         else Output(value, tolerance)
         for (value, tolerance), other in zip(expected.outputs, moved.outputs, strict=True)

@@ -95,16 +95,16 @@ class TestAmplifiedRounding:
 
     def test_that_of_the_network_itself_is_allowed(self):
         model, *_, cut = self.cut(1e-3)
-        assert 1e-4 < cut().error < 1e-2
+        assert 1e-4 < cut().error < 0.05
         assert model.plus.in_features == 777
 
     def test_but_no_large_difference(self):
-        model, *_, cut = self.cut(1e-5)
+        model, *_, cut = self.cut(1e-7)
         with pytest.raises(ShrinkError, match="differs from the masked one"):
             cut()
         assert model.plus.in_features == 3000
 
-    @pytest.mark.parametrize(("gap", "low", "high"), [(1.0, 1e-4, 1e-4), (1e-2, 2e-4, 9e-3), (1e-7, 1e-2, 1e-2)])
+    @pytest.mark.parametrize(("gap", "low", "high"), [(1.0, 1e-4, 1e-4), (1e-2, 2e-4, 9e-3), (1e-7, 0.05, 0.05)])
     def test_what_it_allows(self, gap, low, high):
         model, graph, keep, _ = self.cut(gap)
         units = {name: units.sort().values for name, units in keep.items()}

@@ -158,7 +158,7 @@ class ThresholdNet:
             rewards: The higher, the better, of shape ``[choices]``; only how they compare with each other counts.
         """
         spread = float(rewards.std(unbiased=False))
-        if spread == 0:
+        if not spread > 0:  # all alike, or one that is no number
             return
         advantages = (rewards - rewards.mean()) / spread
         with torch.enable_grad():

@@ -45,8 +45,9 @@ def test_a_choice_becomes_more_probable_when_its_reward_is_above_the_mean_and_le
     seen = statistics([torch.tensor([0.1, 0.7, 0.3]), torch.tensor([0.9, 0.2])])
     net = ThresholdNet([0.6, 0.7, 0.8])
     choices = torch.tensor([[1, 2], [0, 1]])
-    net.reinforce(seen, choices, torch.tensor([-1.0, -1.0]))
-    torch.testing.assert_close(net.probabilities(seen), torch.full((2, 3), 1 / 3))  # neither is better
+    for nothing in ([-1.0, -1.0], [-1.0, math.nan], [-1.0, -math.inf]):
+        net.reinforce(seen, choices, torch.tensor(nothing))
+        torch.testing.assert_close(net.probabilities(seen), torch.full((2, 3), 1 / 3))
     net.reinforce(seen, choices, torch.tensor([-1.0, -3.0]))
     better, worse = net.probabilities(seen).gather(1, choices.T).T
     assert (better > 1 / 3 + 1e-4).all()

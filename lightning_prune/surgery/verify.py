@@ -98,7 +98,7 @@ def outputs(
 
 
 def masked_outputs(
-    analysis: Analysis, keep: Mapping[str, Tensor], scales: Scales | None = None, rounded: bool = False
+    analysis: Analysis, keep: Mapping[str, Tensor], scales: Scales | None = None, rounded: Observed | None = None
 ) -> Observed:
     """Outputs of the full network with the removed units switched off.
 
@@ -106,13 +106,13 @@ def masked_outputs(
         analysis: What is known of the network.
         keep: Kept units (int64 indices) of each group that is cut.
         scales: Numbers that followed the widths in the shrunk network.
-        rounded: Whether every weight is off by a last digit, up or down at random.
+        rounded: Of an earlier run, whose selections are repeated with every weight off by a last digit.
 
     Raises:
         ShrinkError: If it cannot be run so.
     """
     tensors = analysis.tensors
-    values = _rounded(tensors) if rounded else {}
+    values = {} if rounded is None else _rounded(tensors)
     for name, units in keep.items():
         group = analysis.groups[name]
         off = torch.ones(group.width, dtype=torch.bool)
@@ -125,13 +125,13 @@ def masked_outputs(
         for name, value in values.items():
             replace(tensors[name], value)
         if not any(analysis.groups[name].approximate for name in keep) and not scales:
-            return outputs(analysis)
+            return outputs(analysis, rounded)
         kept = kept_labels(analysis, keep)
 
         def surroundings(run: Run, selections: Selections) -> AbstractContextManager[None]:
             return kept_statistics(analysis, run, kept, (scales or {}).get(id(run.events), {}), selections)
 
-        return outputs(analysis, surroundings=surroundings)
+        return outputs(analysis, rounded, surroundings)
     finally:
         restore(saved)
 
@@ -141,9 +141,8 @@ def _rounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     values = {}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() or tensor.is_complex():
-            up = torch.rand(tensor.shape, generator=draw).to(tensor.device) < 0.5
-            eps = torch.finfo(tensor.dtype).eps
-            values[name] = tensor.detach() * torch.where(up, 1 + eps, 1 - eps).to(tensor.dtype)
+            signs = 2 * torch.randint(2, tensor.shape, generator=draw).to(tensor.device, tensor.dtype) - 1
+            values[name] = tensor.detach() * (1 + torch.finfo(tensor.dtype).eps * signs)
     return values
 
 
@@ -159,7 +158,7 @@ def tolerant(analysis: Analysis, keep: Mapping[str, Tensor], scales: Scales, exp
     Raises:
         ShrinkError: If the network cannot be run so.
     """
-    moved = masked_outputs(analysis, keep, scales, rounded=True)
+    moved = masked_outputs(analysis, keep, scales, rounded=expected)
     allowed = [
         Output(value, max(tolerance, min(_AMPLIFIED * _difference(value, other.value), _MOST)))
         if value.shape == other.value.shape

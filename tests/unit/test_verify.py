@@ -86,6 +86,21 @@ class Cancelling(nn.Module):
         return (self.plus(x) - self.minus(x)) / self.gap
 
 
+class Picky(nn.Module):
+    """Hands out one of two rows that are equal but for the last digits."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.one, self.other = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+        self.other.load_state_dict(self.one.state_dict())
+        self.payload = nn.Parameter(torch.tensor([[1.0, 1.0], [5.0, 1.0]]))
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        scores = torch.stack([self.one(x).sum(), self.other(x).sum()])
+        return self.payload[scores.topk(1).indices]
+
+
 class TestAmplifiedRounding:
     def cut(self, gap):
         torch.manual_seed(0)
@@ -114,3 +129,19 @@ class TestAmplifiedRounding:
         assert low <= allowed.tolerance <= high
         torch.testing.assert_close(allowed.value, expected.outputs[0].value, rtol=0, atol=0)
         torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+    def test_in_double_precision_it_allows_more_too(self):
+        torch.manual_seed(0)
+        model = Cancelling(1e-6).double()
+        graph = trace(model, torch.randn(16, 8).double())
+        units = {"first": torch.arange(777)}
+        expected = masked_outputs(graph.evidence, units)
+        assert 1e-9 < tolerant(graph.evidence, units, {}, expected).outputs[0].tolerance < 1e-6
+
+    def test_what_was_selected_is_selected_again(self):
+        torch.manual_seed(0)
+        model, inputs = Picky(), torch.randn(3, 4)
+        graph = trace(model, inputs)
+        units = {"first": torch.arange(5)}
+        expected = masked_outputs(graph.evidence, units)
+        assert tolerant(graph.evidence, units, {}, expected).outputs[0].tolerance == 1e-4

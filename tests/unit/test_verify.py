@@ -87,18 +87,19 @@ class Cancelling(nn.Module):
 
 
 class Picky(nn.Module):
-    """Hands out one of two rows that are equal but for the last digits."""
+    """Hands out the row of the best of 32 scores, which only their last digits tell apart."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.one, self.other = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 3)
-        self.other.load_state_dict(self.one.state_dict())
-        self.payload = nn.Parameter(torch.tensor([[1.0, 1.0], [5.0, 1.0]]))
+        self.first, self.score = nn.Linear(4, 8), nn.Linear(8, 32)
+        self.payload = nn.Parameter(torch.randn(32, 3))
+        with torch.no_grad():
+            for parameter in self.score.parameters():
+                parameter.copy_(parameter[:1].expand_as(parameter))
 
     def forward(self, x):
         x = self.first(x).relu()
-        scores = torch.stack([self.one(x).sum(), self.other(x).sum()])
-        return self.payload[scores.topk(1).indices]
+        return self.payload[self.score(x).sum(0).topk(1).indices]
 
 
 class TestAmplifiedRounding:

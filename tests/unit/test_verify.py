@@ -86,22 +86,6 @@ class Cancelling(nn.Module):
         return (self.plus(x) - self.minus(x)) / self.gap
 
 
-class Picky(nn.Module):
-    """Hands out the row of the best of 32 scores, which only their last digits tell apart."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.score = nn.Linear(4, 8), nn.Linear(8, 32)
-        self.payload = nn.Parameter(torch.randn(32, 3))
-        with torch.no_grad():
-            for parameter in self.score.parameters():
-                parameter.copy_(parameter[:1].expand_as(parameter))
-
-    def forward(self, x):
-        x = self.first(x).relu()
-        return self.payload[self.score(x).sum(0).topk(1).indices]
-
-
 class TestAmplifiedRounding:
     def cut(self, gap):
         torch.manual_seed(0)
@@ -138,11 +122,3 @@ class TestAmplifiedRounding:
         units = {"first": torch.arange(777)}
         expected = masked_outputs(graph.evidence, units)
         assert 1e-9 < tolerant(graph.evidence, units, {}, expected).outputs[0].tolerance < 1e-6
-
-    def test_what_was_selected_is_selected_again(self):
-        torch.manual_seed(0)
-        model, inputs = Picky(), torch.randn(3, 4)
-        graph = trace(model, inputs)
-        units = {"first": torch.arange(5)}
-        expected = masked_outputs(graph.evidence, units)
-        assert tolerant(graph.evidence, units, {}, expected).outputs[0].tolerance == 1e-4

@@ -39,13 +39,25 @@ Place = tuple[str, int]
 
 
 class Run(NamedTuple):
-    """What one program executed."""
+    """What one program executed.
+
+    Attributes:
+        program: The program.
+        events: The operators.
+        counted: What they cost.
+        dtypes: Of what they returned.
+        rehearsed: Whether costly arithmetic was left out.
+        selects: Whether it picks anything by its numbers.
+        selections: What it picked, where the numbers were there.
+        handed_out: Shapes of its outputs.
+    """
 
     program: Program
     events: list[Event]
     counted: list[Counted]
     dtypes: set[torch.dtype]
     rehearsed: bool
+    selects: bool
     selections: list[Selection]
     handed_out: list[tuple[int, ...]]
 
@@ -156,8 +168,9 @@ class Analysis:
                 self.space.frozen.append(Frozen(plane.ids.flatten(), "is an output of the network"))
         shapes = [tuple(output.shape) for output in outputs]
         events = next((run.events for run in self.runs if run.events == tracer.events), tracer.events)
+        tape = tracer.selections.tape
         self.runs.append(
-            Run(program, events, tracer.counted, tracer.dtypes, rehearsing, tracer.selections.tape, shapes)
+            Run(program, events, tracer.counted, tracer.dtypes, rehearsing, tracer.selects, tape, shapes)
         )
         return tracer.touched
 

@@ -7,6 +7,7 @@ first.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,11 @@ def is_selection(function: OpOverload, args: Sequence[Any]) -> bool:
     """Whether the numbers that an operator is given decide what comes next."""
     if function is torch.ops.aten.index.Tensor:
         return any(mask is not None and mask.dtype in (torch.bool, torch.uint8) for mask in args[1])
+    return _selects(function)
+
+
+@cache
+def _selects(function: OpOverload) -> bool:
     name = function._schema.name
     if name in _ORDERED or name in _POSITIONS:
         return True

@@ -103,6 +103,7 @@ class Tracer(TorchDispatchMode):
         self.counted: list[Counted] = []
         self.touched: set[int] = set()
         self.dtypes: set[torch.dtype] = set()
+        self.selects = False
         self.compared = compared
         self.rehearsing = rehearsing
         self._find_rule = find_rule
@@ -136,9 +137,11 @@ class Tracer(TorchDispatchMode):
             raise NumbersNeededError
         handed_on = hands_on(operator_name(func), args)
         left_out = leave_out(func, args, kwargs, unreal) if self.rehearsing and not static else None
+        selects = not static and is_selection(func, args)
+        self.selects = self.selects or selects
         if left_out is not None:
             result = left_out.result
-        elif not static and is_selection(func, args):
+        elif selects:
             result = self.selections.run(func, args, kwargs)
         else:
             result = func(*args, **kwargs)

@@ -63,7 +63,7 @@ Surroundings = Callable[[Run, Selections], AbstractContextManager[None]]
 
 
 def _selections_only(run: Run, selections: Selections) -> AbstractContextManager[Any]:
-    return SelectionsMode(selections) if run.selections else nullcontext()
+    return SelectionsMode(selections) if run.selects else nullcontext()
 
 
 def outputs(

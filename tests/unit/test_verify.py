@@ -86,6 +86,21 @@ class Cancelling(nn.Module):
         return (self.plus(x) - self.minus(x)) / self.gap
 
 
+class Undecided(nn.Module):
+    """Picks one of many very different values by scores that are equal but for rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.scores, self.values = nn.Linear(4, 8), nn.Linear(8, 16), nn.Linear(8, 16)
+        with torch.no_grad():
+            for parameter in self.scores.parameters():
+                parameter[:] = parameter[:1].clone()
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.values(x).gather(1, self.scores(x).topk(1).indices)
+
+
 class TestAmplifiedRounding:
     def cut(self, gap):
         torch.manual_seed(0)
@@ -122,3 +137,10 @@ class TestAmplifiedRounding:
         units = {"first": torch.arange(777)}
         expected = masked_outputs(graph.evidence, units)
         assert 1e-9 < tolerant(graph.evidence, units, {}, expected).outputs[0].tolerance < 1e-6
+
+    def test_what_is_picked_does_not_change_with_the_last_digits(self):
+        torch.manual_seed(0)
+        model = Undecided()
+        graph, units = trace(model, torch.randn(16, 4)), {"first": torch.arange(5)}
+        expected = masked_outputs(graph.evidence, units)
+        assert tolerant(graph.evidence, units, {}, expected).outputs[0].tolerance == 1e-4

@@ -169,9 +169,7 @@ class Analysis:
         shapes = [tuple(output.shape) for output in outputs]
         events = next((run.events for run in self.runs if run.events == tracer.events), tracer.events)
         tape = tracer.selections.tape
-        self.runs.append(
-            Run(program, events, tracer.counted, tracer.dtypes, rehearsing, tracer.selects, tape, shapes)
-        )
+        self.runs.append(Run(program, events, tracer.counted, tracer.dtypes, rehearsing, tracer.selects, tape, shapes))
         return tracer.touched
 
     def freeze(self, roots: Tensor, reason: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from lightning_prune.scoring import (
     features,
     gradient_statistics,
     mean_ranks,
+    rehearsed,
     train,
 )
 
@@ -105,6 +107,21 @@ class ScoredNetwork:
                 saved = whole - cost({**widths, name: widths[name] - 1})
                 shares.append(saved * widths[name] / whole if whole else 0.0)
         return {name: (macs, params) for name, (macs, params) in found.items()}
+
+
+@contextmanager
+def scored_network(network: Network, names: Sequence[str], batches: int, rehearse: int = 0) -> Iterator[ScoredNetwork]:
+    """The network as a scorer sees it after some steps of learning; afterwards it is as it was before.
+
+    Args:
+        network: As for :class:`ScoredNetwork`.
+        names: As there.
+        batches: As there.
+        rehearse: Number of steps by which the weights learn.
+    """
+    gradients = gradient_stream(network.probe)
+    with rehearsed(network.tensors, gradients, rehearse, network.average, network.mask_weights):
+        yield ScoredNetwork(network, names, batches)
 
 
 def schedule_of(mode: str, of: str, schedule: ScheduleName | Schedule | None) -> ScheduleName | Schedule:

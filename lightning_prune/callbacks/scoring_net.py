@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightning_prune.budget import Scope
 from lightning_prune.callbacks.base import Shrink
 from lightning_prune.callbacks.network import Network
-from lightning_prune.callbacks.scored_network import ScoredNetwork, schedule_of
+from lightning_prune.callbacks.scored_network import schedule_of, scored_network
 from lightning_prune.callbacks.scorer_files import ScorerPruning
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.schedules import Schedule, ScheduleName
@@ -23,14 +23,15 @@ class ScoringNetPruning(ScorerPruning):
     """Removes the channels that a small neural network scores low, after ScoringNet (S. Wang, 2023).
 
     At its round the net is trained on batches of the training data, with all weights frozen, to gate channels so that
-    the budget is met and the user's own loss is low; then it scores without noise. What it sees of a channel depends on
-    no shape, so a saved net also scores other networks and other data, at once or after a few more steps. Each step
-    costs one of training: prefer ``"taylor"`` where that is too much.
+    the budget is met and the user's own loss is low; then it scores without noise. Before training the weights first
+    learn on trial, and are put back after it. What the net sees of a channel depends on no shape, so a saved one also
+    scores other networks and other data, at once or after a few more steps. Each step costs one of training: prefer
+    ``"taylor"`` where that is too much.
 
     Only the abstract of "ScoringNet: A Neural Network Based Pruning Criteria for Structured Pruning" (Scientific
     Programming, 2023) could be read: a net scores each output channel, before training too, and gradients help. That
-    stages have losses and optimizers of their own is after S. Wang (2024). The features, the net, the gates, the losses
-    and the transfer are ours.
+    stages have losses and optimizers of their own is after S. Wang (2024). The features, the net, the gates, the
+    losses, the trial and the transfer are ours.
 
     Args:
         remove: Fraction to remove in all, in [0, 1).
@@ -40,7 +41,8 @@ class ScoringNetPruning(ScorerPruning):
             three fifths on the loss, a fifth to commit.
         steps: Steps of the default stages in all, at least 3.
         batches: Batches whose gradients are among the features; 0 for none.
-        rescale: With ``mode="init"``, scale open channels up during these steps, so that signals keep their size.
+        rehearse: With ``mode="init"``, steps of Adam by which the weights learn on trial; 0 for none.
+        rescale: With ``mode="init"``, scale open channels up under the gates, so that signals keep their size.
         scorer_path: File of a net to start from; the default is then one stage of ``adapt_steps`` to commit.
         freeze: Score with that net as it is.
         adapt_steps: See ``scorer_path``.
@@ -75,6 +77,7 @@ class ScoringNetPruning(ScorerPruning):
         stages: Sequence[Stage] | None = None,
         steps: int = 400,
         batches: int = 8,
+        rehearse: int = 200,
         rescale: bool = True,
         scorer_path: str | None = None,
         freeze: bool = False,
@@ -95,26 +98,22 @@ class ScoringNetPruning(ScorerPruning):
             "l2", remove, of, schedule_of(mode, of, schedule), scope, include, exclude, None, round_to, min_channels,
             shrink=shrink, verify=verify, seed=seed, directory=directory,
         )  # fmt: skip
-        if batches < 0:
-            raise ConfigurationError(f"batches must be at least 0, but is {batches}.")
-        self.mode, self.stages, self.steps, self.batches, self.rescale = mode, stages, steps, batches, rescale
-        self.scorer_path, self.freeze, self.adapt_steps, self.save_scorer = (
-            scorer_path,
-            freeze,
-            adapt_steps,
-            save_scorer,
-        )
+        if min(batches, rehearse) < 0:
+            raise ConfigurationError(f"batches and rehearse must be at least 0, but are {batches} and {rehearse}.")
+        self.mode, self.stages, self.steps, self.batches = mode, stages, steps, batches
+        self.rehearse, self.rescale, self.freeze, self.adapt_steps = rehearse, rescale, freeze, adapt_steps
+        self.scorer_path, self.save_scorer = scorer_path, save_scorer
         self.schedule = schedule  # type: ignore[assignment]
         self._stages = stages_from(stages, steps, scorer_path, freeze, adapt_steps)
 
     @override
     def select(self, network: Network, level: float) -> dict[str, Tensor]:
-        seen, scorer = ScoredNetwork(network, self._eligible(network), self.batches), self.scorer
-        if self._stages and self.must_learn:
-            seen.train(
-                scorer, self._stages, self._cost(network), self._dense_cost() * (1 - self.remove * level), self._limits,
-                partial(self._selection, network, level=level), self.rescale and self.mode == "init",
-                self.generator("scorer"),
-            )  # fmt: skip
-            self.keep_scorer(scorer)
-        return self._selection(network, seen.scores(scorer), level)
+        early, scorer = self.mode == "init", self.scorer
+        with scored_network(network, self._eligible(network), self.batches, self.rehearse if early else 0) as seen:
+            if self._stages and self.must_learn:
+                choose = partial(self._selection, network, level=level)
+                allowed = self._dense_cost() * (1 - self.remove * level)
+                cost, draw = self._cost(network), self.generator("scorer")
+                seen.train(scorer, self._stages, cost, allowed, self._limits, choose, self.rescale and early, draw)
+                self.keep_scorer(scorer)
+            return self._selection(network, seen.scores(scorer), level)

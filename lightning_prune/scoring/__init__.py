@@ -3,6 +3,7 @@
 from lightning_prune.scoring.features import FEATURE_VERSION, features, gradient_statistics
 from lightning_prune.scoring.gates import BudgetGates, GatedNetwork
 from lightning_prune.scoring.net import Scorer
+from lightning_prune.scoring.rehearsal import rehearsed
 from lightning_prune.scoring.stages import (
     CommitLoss,
     GateStep,
@@ -32,6 +33,7 @@ __all__ = [
     "features",
     "gradient_statistics",
     "mean_ranks",
+    "rehearsed",
     "stages_from",
     "train",
 ]

@@ -189,7 +189,7 @@ ROWS = [
     ),
     Row("evolution", {"population": 4, "generations": 2, "batches": 2, "at": 1, "unit": "epoch"}, EvolutionarySearch),
     Row("soft-filters", {"at": 0.8, "of": "channels"}, SoftFilterPruning),
-    Row("scoring-net-init", {"steps": 6, "batches": 2}, ScoringNetPruning),
+    Row("scoring-net-init", {"steps": 6, "batches": 2, "rehearse": 3}, ScoringNetPruning),
     Row(
         "scoring-net-post",
         {

@@ -15,10 +15,19 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune import BudgetError, ConfigurationError, OneShot, ScoringNetPruning, Stage, StageLoss, trace
+from lightning_prune import BudgetError, ConfigurationError, Linear, OneShot, ScoringNetPruning, Stage, StageLoss, trace
 from lightning_prune.probe import Probe
 from lightning_prune.probe.stream import gradient_stream
-from lightning_prune.scoring import BudgetGates, CommitLoss, GatedNetwork, GateStep, RankLoss, Scorer, TaskLoss
+from lightning_prune.scoring import (
+    BudgetGates,
+    CommitLoss,
+    GatedNetwork,
+    GateStep,
+    RankLoss,
+    Scorer,
+    TaskLoss,
+    rehearsed,
+)
 from lightning_prune.scoring.training import sampled, straight_through
 from tests.contract.test_yaml import command_line, pruning_of
 from tests.fits import BATCHES, StiffNet, equal, fit, loader, macs, small_net, surface, trainer, widths
@@ -27,7 +36,7 @@ ONCE = [Stage("task", steps=1)]
 
 
 def scoring(**arguments):
-    return ScoringNetPruning(**{"stages": ONCE, "batches": 1, "of": "channels", **arguments})
+    return ScoringNetPruning(**{"stages": ONCE, "batches": 1, "rehearse": 2, "of": "channels", **arguments})
 
 
 # The gates ----------------------------------------------------------------------------------------------------------
@@ -246,7 +255,8 @@ def test_a_wrong_stage_is_refused(arguments, words):
         ({"freeze": True, "scorer_path": "x", "stages": ONCE}, "leave out stages"),
         ({"mode": "inti"}, "unknown mode 'inti': did you mean 'init'?"),
         ({"of": "latency"}, 'Give of="macs"'),
-        ({"batches": -1}, "batches must be at least 0"),
+        ({"batches": -1}, "batches and rehearse must be at least 0, but are -1 and 200"),
+        ({"rehearse": -1}, "batches and rehearse must be at least 0, but are 8 and -1"),
     ],
 )
 def test_a_wrong_argument_is_refused(arguments, words):
@@ -327,6 +337,55 @@ def test_the_weights_are_bit_identical_after_learning():
     assert len(watched.steps) == 3
     assert seen == [True]
     assert torch.equal(states["after"], states["plain"])
+
+
+def test_a_rehearsal_moves_weights_by_adam_and_puts_them_back():
+    weight, buffer = nn.Parameter(torch.tensor([1.0, -2.0, 3.0])), torch.ones(2)
+    old, held = torch.tensor([7.0, 7.0, 7.0]), []
+    weight.grad = old
+    gradients = iter([{"w": torch.tensor([0.5, -3.0, 0.0])}, {"w": torch.tensor([0.5, -3.0, 0.0])}, None])
+    with rehearsed({"w": weight, "b": buffer}, gradients, 2, lambda g: g, lambda: held.append(weight.tolist()), 0.25):
+        # While gradients stay the same, each step of Adam is the learning rate against their signs.
+        torch.testing.assert_close(weight.detach(), torch.tensor([0.5, -1.5, 3.0]))
+        assert buffer.tolist() == [1.0, 1.0]
+    torch.testing.assert_close(torch.tensor(held), torch.tensor([[0.75, -1.75, 3.0], [0.5, -1.5, 3.0]]))
+    assert weight.tolist() == [1.0, -2.0, 3.0]
+    assert weight.grad is old
+    assert old.tolist() == [7.0, 7.0, 7.0]
+
+
+def test_a_failure_in_a_rehearsal_puts_weights_back():
+    weight = nn.Parameter(torch.tensor([1.0]))
+
+    def gradients():
+        yield {"w": torch.tensor([1.0])}
+        raise OSError("stop")
+
+    with (
+        pytest.raises(OSError, match="stop"),
+        rehearsed({"w": weight}, gradients(), 2, lambda g: g, lambda: None),
+    ):
+        pass
+    assert weight.tolist() == [1.0]
+    assert weight.grad is None
+
+
+def test_the_scorer_sees_rehearsed_weights_and_leaves_what_is_off_at_zero():
+    found = {}
+
+    class Seeing(StageLoss):
+        def __call__(self, step):
+            found["energy"] = {name: energy.clone() for name, energy in step.energy.items()}
+            return step.task()
+
+    for steps in (0, 3):
+        module = small_net()
+        fit(scoring(rehearse=steps, stages=[Stage(Seeing(), steps=1)]), module=module, epochs=1)
+        found[steps] = found["energy"]
+    assert not equal(found[0], found[3])
+    rounds = Linear(0, 2, 1, "step")
+    fit(scoring(remove=0.5, schedule=rounds, shrink="end", stages=[Stage(Seeing(), steps=1)]), epochs=1)
+    assert any(bool((energy == 0).any()) for energy in found["energy"].values())
 
 
 def test_gradients_stream_on_while_weights_change():

@@ -42,7 +42,7 @@ class ScoringNetPruning(ScorerPruning):
         steps: Steps of the default stages in all, at least 3.
         batches: Batches whose gradients are among the features; 0 for none.
         rehearse: With ``mode="init"``, steps of Adam by which the weights learn on trial; 0 for none.
-        rescale: With ``mode="init"``, scale open channels up under the gates, so that signals keep their size.
+        rescale: Whether open channels are scaled up under the gates, so that signals keep their size.
         scorer_path: File of a net to start from; the default is then one stage of ``adapt_steps`` to commit.
         freeze: Score with that net as it is.
         adapt_steps: See ``scorer_path``.
@@ -108,12 +108,12 @@ class ScoringNetPruning(ScorerPruning):
 
     @override
     def select(self, network: Network, level: float) -> dict[str, Tensor]:
-        early, scorer = self.mode == "init", self.scorer
-        with scored_network(network, self._eligible(network), self.batches, self.rehearse if early else 0) as seen:
+        scorer, rehearse = self.scorer, self.rehearse if self.mode == "init" else 0
+        with scored_network(network, self._eligible(network), self.batches, rehearse) as seen:
             if self._stages and self.must_learn:
                 choose = partial(self._selection, network, level=level)
                 allowed = self._dense_cost() * (1 - self.remove * level)
                 cost, draw = self._cost(network), self.generator("scorer")
-                seen.train(scorer, self._stages, cost, allowed, self._limits, choose, self.rescale and early, draw)
+                seen.train(scorer, self._stages, cost, allowed, self._limits, choose, self.rescale, draw)
                 self.keep_scorer(scorer)
             return self._selection(network, seen.scores(scorer), level)

@@ -75,7 +75,11 @@ def divergence(kernel: Tensor, reach: Tensor, mean: Tensor, variance: Tensor, re
 
 
 def evidence_of(
-    readers: Readers, tensors: Mapping[str, Tensor], names: Collection[str], draw: Tensor
+    readers: Readers,
+    tensors: Mapping[str, Tensor],
+    names: Collection[str],
+    draw: Tensor,
+    ridge: float | None = None,
 ) -> dict[str, Tensor]:
     """Evidence for each unit of the named groups, summed over what reads them; none for those that nothing reads.
 
@@ -84,13 +88,15 @@ def evidence_of(
         tensors: Parameters and buffers by full name.
         names: Names of the groups.
         draw: How often each batch counts, ``[batches]``.
+        ridge: Strength of the regression by which what goes is handed over; None where nothing is.
     """
     found: dict[str, Tensor] = {}
     for (group, tensor, _), reader in readers.items():
         if group in names:
             parts = (kernels(part, reader.slot, reader.outputs) for part in (tensors[tensor], reader.reach))
             kernel, reach = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts)
-            part = divergence(kernel, reach, *reader.laws(draw)).cpu()
+            laws = reader.laws(draw) if ridge is None else reader.laws_handed_over(draw, ridge)
+            part = divergence(kernel, reach, *laws).cpu()
             found[group] = found[group] + part if group in found else part
     return found
 

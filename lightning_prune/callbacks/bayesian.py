@@ -23,18 +23,17 @@ from lightning_prune.schedules import Linear, Position, Schedule
 class BayesianPruning(SoftExit):
     """Prunes in many small rounds, each of which knows what the earlier ones saw (after Lu et al., ACM MM 2022).
 
-    The evidence for a channel is how far the laws of what its readers compute would move without it, relative to the
-    mean over its group. Each round draws
-    some of the batches with replacement, several times, and notes which channels would go by each draw at the budgets
-    of the rounds to come. These notes feed a Beta posterior per channel; the likeliest to go do, up to the budget, and
-    those on which draws or rounds disagree are put off. Before a channel goes, the channels that stay take over what
-    they can predict of it.
+    The evidence for a channel is how far the laws of what its readers compute would move without it, after the
+    channels that stay have taken over what they can predict of it, relative to the mean over its group. Each round
+    draws some of the batches with replacement, several times, and notes which channels would go by each draw at the
+    budgets of the rounds to come. These notes feed a Beta posterior per channel; the likeliest to go do, up to the
+    budget, and those on which draws or rounds disagree are put off.
 
     Only the abstract of "Bayesian based Re-parameterization for DNN Model Pruning" was read. Ours are the normal laws,
     the draws, the budgets they look ahead to, the discounted posteriors, the fading and the ridge regression. Weights
     that take something over keep their state in the optimizer. A group that nothing reads with a parameter has its L2
-    norms for evidence. Weights that are worked out before they read, as under
-    weight norm, take nothing over. Each round looks at the network in evaluation mode.
+    norms for evidence. Weights that are worked out before they read, as under weight norm, take nothing over. Each
+    round looks at the network in evaluation mode.
 
     Args:
         remove: Fraction to remove in all.

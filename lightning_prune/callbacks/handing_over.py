@@ -45,7 +45,8 @@ class HandingOver(PhasedPruning):
             draw: How often each batch counts, ``[looked_at]``.
         """
         names = self._eligible(network)
-        found = evidence_of(self._readers, network.tensors, names, draw)
+        ridge = self.ridge if self.reparameterise else None
+        found = evidence_of(self._readers, network.tensors, names, draw, ridge)
         if any(name not in found for name in names):
             found = self._scores(network) | found
         return {name: normalise(found[name], network.masks.keep[name]).cpu() for name in names}

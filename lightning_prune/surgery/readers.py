@@ -14,6 +14,7 @@ from lightning_prune.graph.activations import Reading, watch
 from lightning_prune.graph.channels import ChannelGraph, Slot
 from lightning_prune.graph.program import Program
 from lightning_prune.surgery.mixing import Receiver, coverage, exchanges, only_reads, receiver_of
+from lightning_prune.surgery.regression import unexplained
 
 _SUMS_PER_UNIT = 10
 """Least squares on so many random sums of the equations come within about a ninth of the least error."""
@@ -51,6 +52,7 @@ class ReadMoments:
         self._given = like(batches, 2, entries, units)
         self._responses = like(batches, 2, _outputs(reading).shape[0])
         self._products = like(entries, units, units)
+        self._unexplained: tuple[float, Tensor] | None = None
         self._signs, self._sums = signs, math.ceil(_SUMS_PER_UNIT * units / batches)
         self.parts = like(units, units)
 
@@ -92,6 +94,22 @@ class ReadMoments:
         output, output_square = torch.einsum("b,b...->...", draw, self._responses) / count[1]
         variances = (square - mean.square()).clamp_min(0), (output_square - output.square()).clamp_min(0)
         return mean.T, variances[0].T, variances[1]
+
+    def laws_handed_over(self, draw: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`laws`, of what is left of each unit when the others take over what they can tell of it.
+
+        Args:
+            draw: As for :meth:`laws`; what the others can tell is taken from all batches.
+            ridge: As for :func:`~lightning_prune.surgery.reparameterise.regress`.
+        """
+        mean, variance, response = self.laws(draw)
+        if not self.exact:
+            return mean, variance, response
+        centred = self.receiver is not None
+        if self._unexplained is None or self._unexplained[0] != ridge:
+            self._unexplained = ridge, unexplained(self.mean, self.products, ridge, centred)
+        share = self._unexplained[1].T.to(variance)
+        return torch.zeros_like(mean), share * (variance if centred else variance + mean.square()), response
 
     @property
     def mean(self) -> Tensor:

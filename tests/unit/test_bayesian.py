@@ -27,11 +27,11 @@ def bayesian(**arguments):
     return BayesianPruning(**{"of": "channels", "rounds": 3, "draws": 4, "batches": 3, **arguments})
 
 
-def evidence(model, batches, draw=None):
+def evidence(model, batches, draw=None, ridge=None):
     programs = [module_programs(model, batch)[0] for batch in batches]
     graph, tensors = trace(model, batches[0]), named_leaves(model)
     draw = torch.ones(len(batches)) if draw is None else draw
-    return evidence_of(observe(graph, programs, tensors), tensors, graph.groups, draw)
+    return evidence_of(observe(graph, programs, tensors), tensors, graph.groups, draw, ridge)
 
 
 def test_two_rounds_of_a_posterior_by_hand():
@@ -73,6 +73,36 @@ def test_the_evidence_for_two_channels_by_hand():
         for mean, variance in without
     ]
     torch.testing.assert_close(evidence(two_channels(), [x])["0"], torch.stack(expected).double())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_others_take_over_is_no_evidence(bias):
+    x = torch.tensor([[1.0, 2.0], [3.0, 2.0], [1.0, 4.0], [3.0, 4.0]], dtype=torch.float64)
+    model = two_channels()
+    model[2] = nn.Linear(2, 2, bias=bias).double()
+    with torch.no_grad():
+        model[2].weight.copy_(torch.tensor([[1.0, 2.0], [3.0, -1.0]]))
+    found = evidence(model, [x], ridge=0.0)["0"]
+    # Neither channel varies with the other. A bias takes up their means, 2 and 3. Without one, what the other channel
+    # tells of the numbers themselves goes: with E[x0²] = 5, E[x1²] = 10 and E[x0 x1] = 6 there is 5 - 36 / 10 = 1.4
+    # left of x0, and 10 - 36 / 5 = 2.8 of x1. The outputs have the variances 1 + 4 and 9 + 1.
+    left = (1.0, 1.0) if bias else (1.4, 2.8)
+    expected = []
+    for squares, part in zip(([1.0, 9.0], [4.0, 1.0]), left, strict=True):
+        whole = torch.tensor([5.0, 10.0])
+        without = torch.maximum(whole - part * torch.tensor(squares), 0.01 * whole)
+        laws = (Normal(torch.zeros(2), variance.sqrt()) for variance in (whole, without))
+        expected.append(kl_divergence(*laws).mean())
+    torch.testing.assert_close(found, torch.stack(expected).double())
+
+
+def test_a_copy_of_another_channel_has_no_evidence_once_it_can_be_handed_over():
+    model = two_channels()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 0.0], [2.0, 0.0]]))
+    x = torch.rand(20, 2, dtype=torch.float64)
+    assert evidence(model, [x])["0"].min() > 0.1
+    assert evidence(model, [x], ridge=1e-9)["0"].max() < 1e-3
 
 
 def test_evidence_of_a_draw_is_that_of_its_batches():

@@ -15,7 +15,8 @@ from lightning_prune import ConfigurationError, OneShot, trace
 from lightning_prune.graph.program import module_programs
 from lightning_prune.graph.tracer import named_leaves
 from lightning_prune.surgery.readers import observe
-from lightning_prune.surgery.reparameterise import hand_over, scales
+from lightning_prune.surgery.regression import scales
+from lightning_prune.surgery.reparameterise import hand_over
 from tests.fits import Exactness, StiffNet, fit, images, pruning, small_net
 from tests.helpers import HalfPrecision, randomise, run
 

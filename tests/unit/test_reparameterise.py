@@ -15,7 +15,8 @@ from lightning_prune.graph.program import module_programs
 from lightning_prune.graph.tracer import named_leaves
 from lightning_prune.surgery.mixing import Receiver
 from lightning_prune.surgery.readers import observe
-from lightning_prune.surgery.reparameterise import Regression, absorb, hand_over, kernels, put_back, regress
+from lightning_prune.surgery.regression import Regression, regress, unexplained
+from lightning_prune.surgery.reparameterise import absorb, hand_over, kernels, put_back
 from tests.fits import Residual
 from tests.helpers import HalfPrecision, Net, randomise, run
 
@@ -43,6 +44,27 @@ def test_the_regression_is_the_least_squares_solution(centred, ridge):
         solution = torch.linalg.lstsq(rows, torch.cat([outputs, torch.zeros(3, 2, dtype=torch.float64)])).solution
         torch.testing.assert_close(found.slopes[entry], solution.T)
         torch.testing.assert_close(found.constants[entry], shifts[1] - solution.T.double() @ shifts[0].double())
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+def test_what_all_others_leave_unexplained_is_the_residual_of_least_squares(centred, ridge):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 40, dtype=torch.float64) + torch.arange(5)[:, None]
+    x[:, 1] += 2 * x[:, 0]
+    x[1, 4] = 0  # never varies
+    found = unexplained(*moments(x), ridge, centred)
+    for entry in range(2):
+        seen = x[entry] - x[entry].mean(1, keepdim=True) if centred else x[entry]
+        strength = (40 * ridge * seen.square().mean()) ** 0.5
+        for unit in range(5):
+            others, own = seen[torch.arange(5) != unit].T, seen[unit]
+            rows = torch.cat([others, strength * torch.eye(4, dtype=torch.float64)])
+            aims = torch.cat([own, torch.zeros(4, dtype=torch.float64)])
+            slopes = torch.linalg.lstsq(rows, aims[:, None], driver="gelsd").solution
+            left = (rows @ slopes - aims[:, None]).square().sum() / own.square().sum()
+            expected = left if own.any() else torch.ones(())
+            torch.testing.assert_close(found[entry, unit], expected.double())
 
 
 def test_units_that_never_vary_take_over_nothing_but_a_constant():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections import Counter
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +19,10 @@ from torch.utils._pytree import tree_leaves
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.graph.observation import bookkeeping
 from lightning_prune.graph.support import ParametersKept, check_inputs, check_result, hinted, same_structure
+
+MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
+SEQUENCES = (list, deque)
+"""The containers, beside sets, whose contents are put back after a run."""
 
 
 @dataclass(frozen=True)
@@ -152,16 +156,18 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
             vars(module).update(kept)
         for container, content in contents:
             container.clear()
-            container.extend(content) if isinstance(container, list) else container.update(content)
+            container.extend(content) if type(container) in SEQUENCES else container.update(content)
 
 
 def _containers(values: Iterable[Any]) -> Iterator[Any]:
-    """Every plain list, dict and set that a module holds, nested ones too; a cache, say."""
+    """Every list, dict and set that a module holds, nested ones too; a cache or its hooks, say."""
     for value in values:
-        if type(value) in (dict, list, set):
+        if type(value) in (*MAPPINGS, *SEQUENCES, set):
             yield value
-        if type(value) in (dict, list, tuple):
-            yield from _containers(value.values() if isinstance(value, dict) else value)
+        if type(value) in MAPPINGS:
+            yield from _containers(value.values())
+        elif type(value) in (*SEQUENCES, tuple):
+            yield from _containers(value)
 
 
 def loose_tensors(model: nn.Module) -> dict[str, Tensor]:

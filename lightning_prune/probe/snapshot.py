@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-_MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
-_SEQUENCES = (list, deque)
+from lightning_prune.graph.program import MAPPINGS, SEQUENCES
+
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 
@@ -60,10 +60,10 @@ class Snapshot:
         """Remember one value and return what it contains."""
         if isinstance(value, nn.Module):
             return (vars(value),)
-        if type(value) in _MAPPINGS:
+        if type(value) in MAPPINGS:
             self._restorers.append(_mapping_restorer(value))
             return list(value.values())
-        if type(value) in _SEQUENCES:
+        if type(value) in SEQUENCES:
             self._restorers.append(_sequence_restorer(value))
             return [item for item in value if not isinstance(item, Tensor)]
         if type(value) is set:

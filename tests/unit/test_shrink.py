@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import random
 import re
+from collections import Counter, OrderedDict, deque
 from dataclasses import replace as changed
 
 import numpy as np
@@ -642,6 +643,35 @@ class TestTensorsThatAreNotRegistered:
         network.cache = {}
         trace(network, torch.randn(5, 4))
         assert network.cache == {}
+
+    @pytest.mark.parametrize("container", [OrderedDict, lambda: deque(maxlen=3), Counter])
+    def test_no_container_keeps_what_tracing_put_into_it(self, container) -> None:
+        def forward(net, x):
+            net.seen.append(1) if isinstance(net.seen, deque) else net.seen.update(a=1)
+            return net.b(F.relu(net.a(x)))
+
+        network = Net(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 3))
+        network.seen = container()
+        trace(network, torch.randn(5, 4))
+        assert not network.seen
+
+    def test_hooks_that_the_first_forward_installs_are_not_there_twice_later(self) -> None:
+        def forward(net, x):
+            if not net.hooked:
+                net.a.register_forward_hook(lambda module, args, output: 2 * output)
+                net.hooked = True
+            return net.b(F.relu(net.a(x)))
+
+        network, inputs = Net(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 3)), torch.randn(5, 4)
+        network.hooked = False
+        expected = F.relu(2 * F.linear(inputs, network.a.weight, network.a.bias)) @ network.b.weight.T + network.b.bias
+        graph = trace(network, inputs)
+        assert not network.a._forward_hooks
+        torch.testing.assert_close(network(inputs), expected)
+        keep = {"a": torch.arange(5)}
+        masked = run(masked_copy(network, graph, keep), inputs)
+        shrink(network, graph, keep)
+        assert difference(masked, run(network, inputs)) <= 1e-6
 
     def test_a_cache_that_a_change_of_mode_empties_is_emptied(self) -> None:
         class Cached(Net):

@@ -156,9 +156,10 @@ class Tracer(TorchDispatchMode):
         self.touched.update(id(tensor) for tensor in call.tensors if id(tensor) in self._leaves)
         constants, sizes = call.numbers()
         outputs = self.follow(call, constants, sizes)
+        static = call.static and not _is_drawn(call)
         for tensor, planes in zip(call.outputs, outputs, strict=True):
             self._forget_zero(call, tensor, planes)
-            self._labels[tensor] = Labels(planes, call.static, unreal)
+            self._labels[tensor] = Labels(planes, static, unreal)
             self.dtypes.add(tensor.dtype)
         self.count(call, outputs)
 
@@ -261,6 +262,12 @@ class Tracer(TorchDispatchMode):
 def named_leaves(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer by name, each tensor once."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _is_drawn(call: Call) -> bool:
+    """Whether what comes out is random and nothing else, so that a decision on it is one on data."""
+    drawn = torch.Tag.nondeterministic_seeded in call.function.tags
+    return drawn and not any(call.planes(tensor) for tensor in call.tensors)
 
 
 def run_traced(program: Program, tracer: Tracer) -> list[Tensor]:

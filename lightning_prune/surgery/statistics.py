@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -68,29 +69,27 @@ class KeptStatistics(TorchDispatchMode):
     def _on_kept(
         self, func: OpOverload, args: Any, kwargs: Any, inputs: Sequence[Witness], witnesses: Sequence[Witness]
     ) -> Any:
-        places = iter([self._places(witness) for witness in inputs])
-        changed: dict[int, int] = {}
+        places = [self._places(witness) for witness in inputs]
+        if not any(places):
+            return func(*args, **kwargs)
+        left = iter(places)
 
         def select(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            for dim, positions in next(places).items():
-                changed[value.shape[dim]] = len(positions)
+            for dim, positions in next(left).items():
                 value = value.index_select(dim, positions.to(value.device))
             return value
 
-        full = tensors_among((*args, *kwargs.values()))
         given = map_nested(select, tuple(args)), map_nested(select, dict(kwargs))
-        if not changed:
-            return func(*args, **kwargs)
-        parts = func(*_resized_numbers(func, full[0], given[0]), **given[1])
+        parts = func(*_resized_numbers(func, args[0], given[0], places[0].get(1)), **given[1])
         outputs = iter(witnesses[-len(tensors_among((parts,))) :])
 
         def spread(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
             witness = next(outputs)
-            for dim, positions in self._places(witness).items():
+            for dim, positions in self._places(witness).items() if value.numel() else ():  # as of a batch-norm at rest
                 shape = [witness.shape[d] if d == dim else n for d, n in enumerate(value.shape)]
                 value = value.new_zeros(shape).index_copy(dim, positions.to(value.device), value)
             return value
@@ -110,14 +109,23 @@ class KeptStatistics(TorchDispatchMode):
         return places
 
 
-def _resized_numbers(func: OpOverload, full: Tensor, args: Sequence[Any]) -> tuple[Any, ...]:
-    """Arguments that repeat the sizes of the first one, brought up to date."""
+def _resized_numbers(func: OpOverload, full: Tensor, args: Sequence[Any], kept: Tensor | None) -> tuple[Any, ...]:
+    """Arguments that repeat the sizes of the first one, brought up to date.
+
+    Args:
+        func: The operator.
+        full: Its first argument before channels were left out.
+        args: Its arguments without them.
+        kept: The channels that are left, if not all are.
+    """
     part, rest = args[0], list(args)
     for number, argument in enumerate(func._schema.arguments[: len(rest)]):
         if argument.name == "normalized_shape":
             rest[number] = list(part.shape[-len(rest[number]) :])
         elif argument.name == "C" and rest[number] == full.shape[1]:
             rest[number] = part.shape[1]
+        elif argument.name == "group" and kept is not None:
+            rest[number] = len(torch.unique(kept // (full.shape[1] // rest[number])))
     return tuple(rest)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_prune import ChannelPruning, ConfigurationError, OneShot, load_pruned
 from lightning_prune.surgery import shrink, trace
-from tests.helpers import difference, masked_copy, random_keep, run
+from tests.helpers import difference, masked_copy, random_keep, randomise, run
 
 
 class Stream(L.LightningModule):
@@ -103,3 +103,40 @@ def test_the_scale_of_an_attention_follows_where_approximate_results_are_allowed
     expected = run(masked, x)
     assert shrink(net, graph, keep).error < 1e-5
     assert difference(expected, run(net, x)) < 1e-5
+
+
+class Mixed(nn.Module):
+    """Batch-norm, a group norm of single channels, and a layer norm."""
+
+    def __init__(self, first=8, second=8):
+        super().__init__()
+        self.first, self.single = nn.Conv2d(2, first, 3), nn.GroupNorm(first, first)
+        self.second, self.batch = nn.Conv2d(first, second, 3), nn.BatchNorm2d(second)
+        self.layer, self.head = nn.LayerNorm(second), nn.Linear(second, 3)
+
+    def forward(self, x):
+        x = self.batch(self.second(self.single(self.first(x)).relu())).relu()
+        return self.head(self.layer(x.mean((2, 3))))
+
+
+def test_statistics_over_kept_channels_beside_norms_of_other_kinds():
+    torch.manual_seed(0)
+    net, x = Mixed(), torch.randn(2, 2, 9, 9)
+    randomise(net)
+    graph = trace(net, x, norms="approximate")
+    assert {name: (group.width, group.approximate) for name, group in graph.groups.items()} == {
+        "first": (8, False),
+        "second": (8, True),
+    }
+    keep = {"first": torch.tensor([0, 2, 3, 6, 7]), "second": torch.tensor([1, 2, 5])}
+    small = Mixed(5, 3)
+    with torch.no_grad():
+        for name, tensor in small.state_dict().items():
+            value, (layer, _) = net.state_dict()[name], name.split(".")
+            if layer != "head" and value.dim():
+                value = value[keep["first" if layer in ("first", "single") else "second"]]
+            read = {"second": "first", "head": "second"}.get(layer)
+            tensor.copy_(value[:, keep[read]] if read and value.dim() > 1 else value)
+    assert shrink(net, graph, keep).error < 1e-5
+    assert net.single.num_groups == 5
+    assert difference(run(small, x), run(net, x)) < 1e-5

@@ -132,6 +132,23 @@ class TestSkippedLayers:
         assert {"noise.0.weight", "noise.2.weight"} <= {slot.tensor for slot in graph.groups["stem"].slots}
         exact_on(net, graph, lambda n: run(n, INPUTS), with_all_blocks)
 
+    @pytest.mark.parametrize("empty", [False, True])
+    def test_what_is_skipped_does_not_hang_on_how_many_numbers_dropout_draws(self, empty) -> None:
+        blocks = [nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 4)) for _ in range(12)]
+
+        def forward(net, x):
+            for number in range(12):
+                drawn = torch.empty(()).uniform_() if empty else torch.rand(())
+                if not net.training or drawn > 0.5:
+                    x = x + getattr(net, f"block{number}")(x)
+            return x
+
+        torch.manual_seed(0)
+        net = Net(forward, **{f"block{number}": block for number, block in enumerate(blocks)})
+        graph = traced(net, INPUTS)
+        assert len(graph.groups) == 12
+        exact_on(net, graph, lambda n: run(n, INPUTS))
+
     def test_each_run_is_the_same_again_and_leaves_the_random_numbers_alone(self) -> None:
         noise = Net(lambda n, x: n.a(x) + torch.rand(1) + random.random() + np.random.rand(), a=nn.Linear(4, 2))
         programs = module_programs(noise, INPUTS, [INPUTS, INPUTS])

@@ -46,7 +46,7 @@ class LeafTable:
         numbers = (torch.full_like(leaf.ids, number) for number, leaf in enumerate(leaves))
         self._leaf = torch.cat([empty, *numbers])
         self._position = torch.cat([empty, *(torch.arange(len(leaf.ids)) for leaf in leaves)])
-        self.roles = self._find_roles()
+        self.roles, self._read_with = self._find_roles()
         self._never_zero = self._leaves_marked(NEVER_ZERO)
         self._zeroed = self._leaves_marked(ZEROED)
 
@@ -102,13 +102,16 @@ class LeafTable:
         name = makers[0].tensor.rpartition(".")[0] or makers[0].tensor
         zeroable = tuple(slot for slot, (leaf, _) in zip(slots, signature, strict=True) if leaf not in self._never_zero)
         readers = tuple(slot for slot in zeroable if slot.role == "consumer")
-        others = {id(slots[i]) for i, (leaf, _) in enumerate(signature) if leaf in self._zeroed}
+        others = {id(slots[i]) for i, (leaf, _) in enumerate(signature) if leaf in self._zeroed | self._read_with}
         off = tuple(slot for slot in zeroable if slot.role == "consumer" or id(slot) in others)
         pattern = tuple(sorted((s.role, s.dim, s.index.shape[1], tuple(tensors[s.tensor].shape[2:])) for s in slots))
         return ChannelGroup(name, tuple(slots), zeroable if zero_all or not readers else off, pattern)
 
-    def _find_roles(self) -> list[Role]:
-        """The role of each leaf: as it is used itself, or else what is computed from parameters alone with it."""
+    def _find_roles(self) -> tuple[list[Role], set[int]]:
+        """The role of each leaf, as it is used itself, or else what is computed from parameters alone with it.
+
+        Also the numbers of the leaves with which something is computed that reads: it is zero only where they are.
+        """
         static = components(self._space.count, self._space.static_edges)
         itself = {role: self._leaves_with(self._marked_labels(role)) for role in _ROLES}
         derived = {}
@@ -121,7 +124,7 @@ class LeafTable:
             found = [role for role in _ROLES if itself[role][number]]
             found = found or [role for role in _ROLES if derived[role][number]]
             result.append(found[0] if found else "producer")
-        return result
+        return result, {number for number, reads in enumerate(derived["consumer"]) if reads}
 
     def _marked_labels(self, mark: str) -> Tensor:
         """For each label whether it carries a mark."""

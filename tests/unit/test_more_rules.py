@@ -388,8 +388,8 @@ def test_strides_set_anew_as_they_were_are_followed() -> None:
 
 
 def test_queries_made_of_parameters_by_a_layer_with_a_bias_are_off_where_both_are_zero() -> None:
-    parts = {"latent": parameter(5, 6), "q": linear(6, 8), "k": linear(4, 8), "b": linear(5, 2)}
-    net = Net(lambda n, x: n.b(n.k(x) @ n.q(n.latent).T), **parts)
+    parts = {"latent": parameter(5, 6), "q": linear(6, 8), "k": linear(4, 8)}
+    net = Net(lambda n, x: n.k(x) @ n.q(n.latent).T, **parts)
     graph, x = trace(net, torch.randn(ROWS)), torch.randn(ROWS)
     assert graph.widths == {"latent": 6, "k": 8}
     assert [(slot.tensor, slot.dim) for slot in graph.groups["k"].off] == [("q.weight", 0), ("q.bias", 0)]

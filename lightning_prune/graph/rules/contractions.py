@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lightning_prune.graph.blocks import keep_positions
 from lightning_prune.graph.calls import Call, Labelled, Planes, Rule
-from lightning_prune.graph.labels import ZEROED, LabelSpace, Plane, reshape_ids, settle
+from lightning_prune.graph.labels import LabelSpace, Plane, reshape_ids, settle
 from lightning_prune.graph.rules.pointwise import mark, merge
 
 NEEDS_ZERO = "needs zero"
@@ -95,9 +95,6 @@ def _add_bias(call: Call, planes: Planes, bias: Tensor, shape: tuple[int, ...] |
         labels = tuple(Plane(p.ids.reshape(shape), p.zero) for p in labels)
     if call.is_static(bias):
         mark(call.space, "bias", labels)
-    if call.static:  # a weight that is worked out from both is zero only where both are
-        for plane in labels:
-            call.space.mark(ZEROED, plane.ids)
     operands = (Labelled(tuple(call.outputs[0].shape), planes), Labelled(shape, labels))
     return merge(call.space, operands, lambda zeros: zeros == {0, 1}, (call.static, call.is_static(bias)))
 

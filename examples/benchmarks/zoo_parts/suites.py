@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import tiny_transformers
 from .informative import make_informative
 
-SUITES = ("torchvision", "timm", "awkward")
+SUITES = ("torchvision", "timm", "transformers", "awkward")
 FAMILIES = Path(__file__).with_name("timm_families.json")
 MAX_TIMM_PARAMETERS = 120_000_000
 _NOT_FAMILIES = {"factory", "features", "fx_features", "helpers", "hub", "layers", "registry"}
@@ -51,7 +52,7 @@ def model_names(suite: str) -> list[str]:
     if suite == "timm":
         report_coverage()
         return list(timm_sizes())
-    return list(_awkward())
+    return list(tiny_transformers.MODELS if suite == "transformers" else _awkward())
 
 
 def case(suite: str, name: str) -> Case:
@@ -60,6 +61,9 @@ def case(suite: str, name: str) -> Case:
         return _torchvision(name)
     if suite == "timm":
         return _timm(name)
+    if suite == "transformers":
+        tiny = tiny_transformers.MODELS[name]
+        return Case(lambda hints: tiny.build(), *[lambda: tuple(tiny.inputs().values())] * 2)
     model = _awkward()[name]
     return Case(lambda hints: model.build(), model.inputs, model.inputs)
 

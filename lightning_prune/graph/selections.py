@@ -76,9 +76,10 @@ class Selections:
             self.tape.append(Selection(function, shape, map_nested(_kept, _chosen(function, args, result))))
             return result
         due = self.tape[self._position] if self._position < len(self.tape) else None
+        if due is None or due.function is not function or due.shape != shape:
+            return function(*args, **kwargs)
         self._position += 1
-        known = due is not None and due.function is function and due.shape == shape
-        if due is None or not known or (isinstance(due.chosen, float) and not self._numbers):
+        if isinstance(due.chosen, float) and not self._numbers:
             return function(*args, **kwargs)
         return _replayed(due, args, kwargs)
 

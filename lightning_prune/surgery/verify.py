@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -52,11 +52,11 @@ class Observed:
 
     Attributes:
         outputs: Their tensors.
-        selections: What each of them selected by its numbers.
+        selections: What each of them selected by its numbers; None where that is not known.
     """
 
     outputs: list[Output] = field(default_factory=list)
-    selections: list[list[Selection]] = field(default_factory=list)
+    selections: Sequence[list[Selection] | None] = field(default_factory=list)
 
 
 Surroundings = Callable[[Run, Selections], AbstractContextManager[None]]
@@ -80,21 +80,22 @@ def outputs(
     Raises:
         ShrinkError: If one of them cannot be run.
     """
-    seen = Observed()
+    found: list[Output] = []
+    tapes: list[list[Selection] | None] = []
     for run in analysis.runs:
         if run.program.training:
             continue
         tolerance = max((_TOLERANCE.get(dtype, 0.0) for dtype in run.dtypes), default=0.0)
-        tape = None if like is None else like.selections[len(seen.selections)]
+        tape = None if like is None else like.selections[len(tapes)]
         selections = Selections(tape, numbers=False)
         try:
             with surroundings(run, selections):
                 result = run.program.run()
         except Exception as error:
             raise ShrinkError(f"{run.program.name} failed ({type(error).__name__}: {error})") from error
-        seen.selections.append(selections.tape)
-        seen.outputs.extend(Output(tensor.detach().clone(), tolerance) for tensor in tensors_in(result))
-    return seen
+        tapes.append(selections.tape)
+        found.extend(Output(tensor.detach().clone(), tolerance) for tensor in tensors_in(result))
+    return Observed(found, tapes)
 
 
 def masked_outputs(
@@ -131,9 +132,15 @@ def masked_outputs(
         def surroundings(run: Run, selections: Selections) -> AbstractContextManager[None]:
             return kept_statistics(analysis, run, kept, (scales or {}).get(id(run.events), {}), selections)
 
-        return outputs(analysis, rounded, surroundings)
+        return outputs(analysis, rounded or _traced(analysis), surroundings)
     finally:
         restore(saved)
+
+
+def _traced(analysis: Analysis) -> Observed:
+    """What was selected when the programs were traced: other statistics must not make them take another course."""
+    runs = (run for run in analysis.runs if not run.program.training)
+    return Observed(selections=[None if run.rehearsed else run.selections for run in runs])
 
 
 def _rounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -140,3 +140,32 @@ def test_statistics_over_kept_channels_beside_norms_of_other_kinds():
     assert shrink(net, graph, keep).error < 1e-5
     assert net.single.num_groups == 5
     assert difference(run(small, x), run(net, x)) < 1e-5
+
+
+class Experts(nn.Module):
+    """Each row goes through the one of three layers that a gate behind a norm chooses."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.gate = nn.Linear(5, 12), nn.LayerNorm(12), nn.Linear(12, 3)
+        self.experts = nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, x):
+        x = self.embed(x)
+        normed = self.norm(x)
+        chosen = self.gate(normed).argmax(1)
+        for number in chosen.unique().tolist():
+            rows = (chosen == number).nonzero().flatten()
+            x = x.index_add(0, rows, self.experts[number](normed[rows]))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_who_is_chosen_is_chosen_with_other_statistics_too(seed):
+    torch.manual_seed(seed)
+    net, x = Experts(), torch.randn(9, 5)
+    graph = trace(net, x, norms="approximate")
+    assert graph.groups["embed"].approximate
+    shrink(net, graph, random_keep(graph))
+    assert net.norm.normalized_shape == (6,)

@@ -20,7 +20,8 @@ def randomise(model: nn.Module) -> nn.Module:
                 module.running_var.uniform_(0.5, 1.5)
             if isinstance(module, (_BatchNorm, nn.GroupNorm, nn.LayerNorm)) and module.weight is not None:
                 module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.1)
+                if module.bias is not None:
+                    module.bias.normal_(0, 0.1)
     return model
 
 

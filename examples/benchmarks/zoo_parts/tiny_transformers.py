@@ -131,6 +131,11 @@ _DETR |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim"
 MODELS: dict[str, Tiny] = {
     "albert": _by_name("Albert", _CLASSES, _plain_text, **_TEXT, embedding_size=16),
     "bart": _by_name("Bart", "ForConditionalGeneration", _texts, **_CODER, max_position_embeddings=64),
+    "ast": _by_name(
+        "AST", "ForAudioClassification", lambda: {"input_values": torch.randn(2, 16, 16)}, hidden_size=32,
+        num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, patch_size=4, max_length=16, num_mel_bins=16,
+        frequency_stride=4, time_stride=4,
+    ),
     "beit": _by_name("Beit", _IMAGES, _images(), **_VISION, use_relative_position_bias=True),
     "bert": _by_name("Bert", _CLASSES, _text, **_TEXT),
     "bigbird": _by_name("BigBird", _CLASSES, _plain_text, **_TEXT, attention_type="original_full"),
@@ -143,7 +148,18 @@ MODELS: dict[str, Tiny] = {
     "deberta-v2": _by_name(
         "DebertaV2", _CLASSES, _text, **_TEXT, relative_attention=True, pos_att_type=["p2c", "c2p"]
     ),
+    "deepseek-v3": _experts(
+        "DeepseekV3", num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=4,
+        v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16,
+        first_k_dense_replace=1,
+    ),
     "deit": _by_name("DeiT", _IMAGES, _images(), **_VISION),
+    "detr": _by_name(
+        "Detr", "ForObjectDetection", _images(64), **_DETR, use_timm_backbone=False, backbone=None,
+        backbone_config=Config("ResNetConfig", {
+            **_STAGES, "embedding_size": 8, "layer_type": "basic", "out_features": ["stage4"],
+        }),
+    ),
     "dinov2": _by_name(
         "Dinov2", _IMAGES, _images(28), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=28,
         patch_size=7,
@@ -160,10 +176,19 @@ MODELS: dict[str, Tiny] = {
     "falcon": _by_name(
         "Falcon", _DECODER, _plain_text, vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
     ),
+    "fnet": _by_name(
+        "FNet", _CLASSES, _plain_text, vocab_size=100, hidden_size=32, num_hidden_layers=2, intermediate_size=64,
+        max_position_embeddings=64,
+    ),
+    "focalnet": _by_name(
+        "FocalNet", _IMAGES, _images(), image_size=32, embed_dim=16, depths=[1, 1], hidden_sizes=[16, 32],
+        focal_levels=[2, 2], focal_windows=[3, 3],
+    ),
     "funnel": _by_name(
         "Funnel", _CLASSES, _plain_text, vocab_size=100, block_sizes=[1, 1], d_model=32, n_head=4, d_head=8, d_inner=64
     ),
     "gemma": _by_name("Gemma", _DECODER, _plain_text, **_GROUPED, head_dim=8),
+    "gemma3": _tiny("Gemma3ForCausalLM", "Gemma3TextConfig", _plain_text, **_GROUPED, head_dim=8),
     "gpt2": _tiny(
         "GPT2LMHeadModel", "GPT2Config", _plain_text, vocab_size=100, n_embd=32, n_layer=2, n_head=4, n_positions=64
     ),
@@ -171,7 +196,12 @@ MODELS: dict[str, Tiny] = {
         "GPTJ", _DECODER, _plain_text, vocab_size=100, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4
     ),
     "gpt-neox": _by_name("GPTNeoX", _DECODER, _plain_text, **_TEXT),
+    "gpt-oss": _experts("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2),
     "hubert": _by_name("Hubert", _CTC, _speech, **_SPEECH),
+    "jamba": _experts(
+        "Jamba", num_experts=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
+        use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=4,
+    ),
     "levit": _by_name(
         "Levit", _IMAGES, _images(64), image_size=64, hidden_sizes=[16, 32, 48], num_attention_heads=[2, 2, 2],
         depths=[1, 1, 1], key_dim=[8, 8, 8], attention_ratio=[2, 2, 2], mlp_ratio=[2, 2, 2],
@@ -195,8 +225,12 @@ MODELS: dict[str, Tiny] = {
     ),
     "mistral": _by_name("Mistral", _DECODER, _plain_text, **_GROUPED),
     "mixtral": _experts("Mixtral", num_local_experts=3),
+    "mobilebert": _by_name("MobileBert", _CLASSES, _plain_text, **_TEXT, embedding_size=16, intra_bottleneck_size=16),
     "mobilenet-v2": _by_name("MobileNetV2", _IMAGES, _images(64), depth_multiplier=0.5),
     "mobilevit": _by_name("MobileViT", _IMAGES, _images(64), image_size=64),
+    "modernbert": _by_name(
+        "ModernBert", _CLASSES, _text, **_TEXT, pad_token_id=0, global_attn_every_n_layers=2, local_attention=4
+    ),
     "olmoe": _experts("Olmoe", num_experts=4, num_experts_per_tok=2),
     "opt": _by_name(
         "OPT", _DECODER, _plain_text, vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -216,7 +250,20 @@ MODELS: dict[str, Tiny] = {
     "poolformer": _by_name(
         "PoolFormer", _IMAGES, _images(64), hidden_sizes=[16, 16, 32, 32], depths=[1] * 4, num_encoder_blocks=4
     ),
+    "pvt": _by_name(
+        "Pvt", _IMAGES, _images(64), image_size=64, hidden_sizes=[8, 16, 24, 32], depths=[1] * 4,
+        num_attention_heads=[1, 2, 3, 4], sequence_reduction_ratios=[4, 2, 1, 1],
+    ),
     "qwen2": _by_name("Qwen2", _DECODER, _plain_text, **_GROUPED),
+    "recurrent-gemma": _by_name(
+        "RecurrentGemma", _DECODER, _plain_text, vocab_size=100, hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=4, intermediate_size=64, lru_width=32, attention_window_size=8, num_key_value_heads=1,
+    ),
+    "reformer": _by_name(
+        "Reformer", _CLASSES, _plain_text, vocab_size=100, hidden_size=32, attention_head_size=8, num_attention_heads=4,
+        feed_forward_size=64, axial_pos_embds=False, max_position_embeddings=64, attn_layers=["local", "local"],
+        local_attn_chunk_length=4, is_decoder=False,
+    ),
     "regnet": _by_name(
         "RegNet", _IMAGES, _images(), embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], groups_width=8
     ),
@@ -262,8 +309,14 @@ MODELS: dict[str, Tiny] = {
     "videomae": _by_name(
         "VideoMAE", "ForVideoClassification", _video(4), **{**_VISION, "image_size": 16}, num_frames=4
     ),
+    "vilt": _by_name(
+        "Vilt", "ForQuestionAnswering", lambda: {**_plain_text(), **_images()()}, **_TEXT, image_size=32, patch_size=8
+    ),
     "vit": _by_name("ViT", _IMAGES, _images(), **_VISION),
     "wav2vec2": _by_name("Wav2Vec2", _CTC, _speech, **_SPEECH),
+    "yolos": _by_name(
+        "Yolos", "ForObjectDetection", _images(), **{**_VISION, "image_size": [32, 32]}, num_detection_tokens=5
+    ),
     "whisper": _by_name(
         "Whisper", "ForConditionalGeneration",
         lambda: {"input_features": torch.randn(2, 20, 100), "decoder_input_ids": _tokens()}, **_CODER,

@@ -130,12 +130,12 @@ _DETR |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim"
 
 MODELS: dict[str, Tiny] = {
     "albert": _by_name("Albert", _CLASSES, _plain_text, **_TEXT, embedding_size=16),
-    "bart": _by_name("Bart", "ForConditionalGeneration", _texts, **_CODER, max_position_embeddings=64),
     "ast": _by_name(
         "AST", "ForAudioClassification", lambda: {"input_values": torch.randn(2, 16, 16)}, hidden_size=32,
         num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, patch_size=4, max_length=16, num_mel_bins=16,
         frequency_stride=4, time_stride=4,
     ),
+    "bart": _by_name("Bart", "ForConditionalGeneration", _texts, **_CODER, max_position_embeddings=64),
     "beit": _by_name("Beit", _IMAGES, _images(), **_VISION, use_relative_position_bias=True),
     "bert": _by_name("Bert", _CLASSES, _text, **_TEXT),
     "bigbird": _by_name("BigBird", _CLASSES, _plain_text, **_TEXT, attention_type="original_full"),
@@ -189,14 +189,14 @@ MODELS: dict[str, Tiny] = {
     ),
     "gemma": _by_name("Gemma", _DECODER, _plain_text, **_GROUPED, head_dim=8),
     "gemma3": _tiny("Gemma3ForCausalLM", "Gemma3TextConfig", _plain_text, **_GROUPED, head_dim=8),
-    "gpt2": _tiny(
-        "GPT2LMHeadModel", "GPT2Config", _plain_text, vocab_size=100, n_embd=32, n_layer=2, n_head=4, n_positions=64
-    ),
     "gpt-j": _by_name(
         "GPTJ", _DECODER, _plain_text, vocab_size=100, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4
     ),
     "gpt-neox": _by_name("GPTNeoX", _DECODER, _plain_text, **_TEXT),
     "gpt-oss": _experts("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2),
+    "gpt2": _tiny(
+        "GPT2LMHeadModel", "GPT2Config", _plain_text, vocab_size=100, n_embd=32, n_layer=2, n_head=4, n_positions=64
+    ),
     "hubert": _by_name("Hubert", _CTC, _speech, **_SPEECH),
     "jamba": _experts(
         "Jamba", num_experts=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
@@ -314,9 +314,6 @@ MODELS: dict[str, Tiny] = {
     ),
     "vit": _by_name("ViT", _IMAGES, _images(), **_VISION),
     "wav2vec2": _by_name("Wav2Vec2", _CTC, _speech, **_SPEECH),
-    "yolos": _by_name(
-        "Yolos", "ForObjectDetection", _images(), **{**_VISION, "image_size": [32, 32]}, num_detection_tokens=5
-    ),
     "whisper": _by_name(
         "Whisper", "ForConditionalGeneration",
         lambda: {"input_features": torch.randn(2, 20, 100), "decoder_input_ids": _tokens()}, **_CODER,
@@ -324,4 +321,7 @@ MODELS: dict[str, Tiny] = {
         eos_token_id=2, decoder_start_token_id=1,
     ),
     "xlnet": _by_name("XLNet", _CLASSES, _plain_text, vocab_size=100, d_model=32, n_layer=2, n_head=4, d_inner=64),
+    "yolos": _by_name(
+        "Yolos", "ForObjectDetection", _images(), **{**_VISION, "image_size": [32, 32]}, num_detection_tokens=5
+    ),
 }  # fmt: skip

@@ -37,14 +37,12 @@ def rehearsed(
                 if not number:
                     before = {name: (tensors[name].detach().clone(), tensors[name].grad) for name in found}
                     optimizer = Adam([tensors[name] for name in found], lr)
-                mean = average(torch.cat([gradient.flatten() for gradient in found.values()]))
-                parts = mean.split([gradient.numel() for gradient in found.values()])
-                for (name, shaped), part in zip(found.items(), parts, strict=True):
-                    tensors[name].grad = part.view_as(shaped).to(shaped)
+                for name, gradient in found.items():
+                    tensors[name].grad = average(gradient).to(gradient.device)
                 optimizer.step()
                 hold()
         yield
     finally:
-        for name, (value, gradient) in before.items():
+        for name, (value, old) in before.items():
             tensors[name].detach().copy_(value)
-            tensors[name].grad = gradient
+            tensors[name].grad = old

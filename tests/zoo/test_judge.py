@@ -86,6 +86,27 @@ def test_a_cut_norm_is_exact_up_to_its_statistics(norm) -> None:
     assert judge(original, pruned, (x,)).word == "norm-inexact"
 
 
+class ByHand(nn.Module):
+    """An RMS norm that is no norm of torch."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6).to(x)
+
+
+def test_a_cut_norm_that_is_written_by_hand_is_exact_up_to_its_statistics() -> None:
+    original, x, kept = normed(ByHand(8)), torch.randn(5, 4), [0, 2, 5, 7]
+    tensors = {"0.weight": {0: kept}, "0.bias": {0: kept}, "1.weight": {0: kept}, "3.weight": {1: kept}}
+    pruned = cut(original, tensors)
+    assert judge(original, pruned, (x,)).word == "norm-exact"
+    with torch.no_grad():
+        pruned[3].weight[:, [0, 1]] = pruned[3].weight[:, [1, 0]]
+    assert judge(original, pruned, (x,)).word == "norm-inexact"
+
+
 class Standardised(nn.Conv2d):
     """A convolution whose weights have mean 0 and variance 1, live, times a gain."""
 

@@ -64,7 +64,7 @@ class Request:
 def versions() -> dict[str, str]:
     """Versions of everything that takes part."""
     found = {"lightning-prune": __version__}
-    for package in ("torch", "torchvision", "timm", "torch-pruning", "torch-kirigami"):
+    for package in ("torch", "torchvision", "timm", "transformers", "torch-pruning", "torch-kirigami"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -43,6 +43,8 @@ class KeptStatistics(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = _named(func)
+        if name == "mean":
+            return self._mean(func, args, kwargs)
         if name not in _SIGNATURES:
             return func(*args, **kwargs)
         given = {**dict(zip(_SIGNATURES[name], args, strict=False)), **kwargs}
@@ -67,6 +69,17 @@ class KeptStatistics(TorchFunctionMode):
             y = _over_last(x, kept, eps, centred=name == "layer_norm")
         y = y if weight is None else y * weight
         return y if bias is None else y + bias
+
+    def _mean(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A mean over the last dimension that is kept with size 1, as in norms that are written by hand."""
+        given = {**dict(zip(("input", "dim", "keepdim"), args, strict=False)), **kwargs}
+        x, dim = given["input"], given.get("dim")
+        last = dim in (-1, x.dim() - 1, (-1,), [-1]) and given.get("keepdim") and x.is_floating_point()
+        kept = self._mask(x, None, x.shape[-1:], None) if last else None
+        if kept is None or bool(kept.all()):
+            return func(*args, **kwargs)
+        self.changed += 1
+        return x.sum(-1, keepdim=True) / kept.sum()
 
     def _of_parameter(self, x: Tensor) -> Tensor | None:
         """Which entries of a parameter, or of a view of one, are kept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -72,12 +73,13 @@ def _measure(settings: dict[str, Any], journal: Journal) -> None:
     hints = settings["backend"].endswith("-hints")
     chosen = case(suite, name)
     journal.note(stage="build")
-    model = chosen.fresh(seed, hints)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    original = chosen.fresh(seed, hints)
+    parameters = sum(parameter.numel() for parameter in original.parameters())
     journal.note(parameters=parameters)
     if parameters > settings["max_params"]:
         journal.note(verdict="skipped", error=f"{parameters:,} parameters are more than --max-params")
         return
+    model = copy.deepcopy(original)  # drawing the weights again would take longer than pruning
     torch.manual_seed(seed)
     inputs = chosen.inputs()
     journal.note(stage="forward", forward_seconds=_forward_seconds(model, inputs))
@@ -108,7 +110,7 @@ def _measure(settings: dict[str, Any], journal: Journal) -> None:
     with torch.no_grad():
         model(*inputs)
     journal.note(forward_runs=True, stage="judge", verdict="other", error="the check did not finish")
-    verdict = judge(chosen.fresh(seed, hints), model, inputs, chosen.detector)
+    verdict = judge(original, model, inputs, chosen.detector)
     removed = left < parameters
     journal.note(
         verdict=verdict.word if removed else "nothing removed",
@@ -122,7 +124,7 @@ def _measure(settings: dict[str, Any], journal: Journal) -> None:
     )
     gc.collect()
     journal.note(**_later("retraced", result.check_retrace), stage="retrace")
-    journal.note(**_train_step(chosen, model, seed, hints), stage="done")
+    journal.note(**_train_step(chosen, original, model, seed), stage="done")
 
 
 def _later(key: str, check: Any) -> dict[str, Any]:
@@ -145,12 +147,12 @@ def _forward_seconds(model: nn.Module, inputs: tuple[Any, ...]) -> float:
     return min(taken[1:])
 
 
-def _train_step(chosen: Case, model: nn.Module, seed: int, hints: bool) -> dict[str, Any]:
+def _train_step(chosen: Case, original: nn.Module, model: nn.Module, seed: int) -> dict[str, Any]:
     """Whether a step of training works after pruning where it worked before; None where it did not."""
     torch.manual_seed(seed)
     inputs = chosen.train_inputs()
     try:
-        before = _gradients(chosen.fresh(seed, hints), inputs)
+        before = _gradients(original, inputs)
     except Exception as error:
         return {"train_step": None, "train_error": f"the original cannot: {type(error).__name__}: {error}"[:500]}
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -219,9 +219,14 @@ class Analysis:
             anew.unite(first, second)
         for ids in self.scaled_later:
             anew.mark_approximate(ids[ids <= known])
-        anew.laws = self.laws
         anew.solve()
+        anew.adopt_laws(self.laws)
         return anew
+
+    def adopt_laws(self, laws: Mapping[Hashable, Extent]) -> None:
+        """Take over what integers follow, where all groups that they follow are there."""
+        known = self.groups.keys()
+        self.laws = {place: law for place, law in laws.items() if known >= {name for name, _ in law.per_unit}}
 
     def solve(self) -> None:
         """Find the connected components; tie what is left ragged until every tensor stays a dense block."""

@@ -35,14 +35,15 @@ class UnsolvedError(Exception):
     Args:
         position: Index of the recorded event where it went wrong.
         reason: What went wrong and in which line of the user's code.
+        run: The recorded run, where it is known.
     """
 
-    def __init__(self, position: int, reason: str) -> None:
+    def __init__(self, position: int, reason: str, run: Run | None = None) -> None:
         """See the class."""
         super().__init__(reason)
         self.position = position
         self.reason = reason
-        self.run: Run | None = None
+        self.run = run
 
     @property
     def event(self) -> Event | None:
@@ -73,7 +74,7 @@ class Solver(TorchFunctionMode):
         used: Settings that reached any function call; new ones are added.
 
     Attributes:
-        revised: Whether a setting was changed after an earlier call had used it as it was.
+        revised: Where a setting was changed after an earlier call had used it as it was; None if nowhere.
     """
 
     def __init__(self, checker: Checker, values: dict[Setting, int], used: set[Setting]) -> None:
@@ -82,7 +83,7 @@ class Solver(TorchFunctionMode):
         self.checker = checker
         self.values = values
         self.used = used
-        self.revised = False
+        self.revised: int | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one call, with other settings if it does not fit."""
@@ -112,7 +113,8 @@ class Solver(TorchFunctionMode):
                 if isinstance(error, _OmittedError) and self.checker.position == start:
                     continue
                 self.values.update(guess)
-                self.revised |= not used_before.isdisjoint(guess)
+                if not used_before.isdisjoint(guess):
+                    self.revised = start
                 return result
             if isinstance(error, _OmittedError):
                 return error.result

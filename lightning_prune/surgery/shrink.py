@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.errors import ConfigurationError, ShrinkError
 from lightning_prune.graph.analysis import Analysis, Norms
-from lightning_prune.graph.channels import ChannelGraph, ChannelGroup
+from lightning_prune.graph.channels import ChannelGraph, ChannelGroup, Refusal
 from lightning_prune.graph.inner import chosen_places, without_effect
 from lightning_prune.graph.program import Example, Inputs, Program, forget_caches, module_programs, uncollected
 from lightning_prune.graph.tracer import named_leaves
@@ -21,7 +21,7 @@ from lightning_prune.surgery.attributes import UnsolvedError
 from lightning_prune.surgery.resize import Cut, resize_optimizers
 from lightning_prune.surgery.symbols import Setting
 from lightning_prune.surgery.transaction import applied
-from lightning_prune.surgery.trial import settle_groups
+from lightning_prune.surgery.trial import recorded_anew, settle_groups
 from lightning_prune.surgery.verify import (
     Observed,
     Scales,
@@ -107,11 +107,13 @@ def trace_programs(
     """
     with uncollected():
         analysis = Analysis(model, programs, norms)
+        notes: list[Refusal] = []
         if inner:
             # Which tensors make channels, and not read them, is known only after a first run.
             analysis = Analysis(model, programs, norms, chosen_places(analysis, inner))
-            analysis.notes += without_effect(analysis, inner)
-        settle_groups(analysis)
+            notes = without_effect(analysis, inner)
+        analysis = settle_groups(analysis)
+        analysis.notes += notes
         return analysis.graph()
 
 
@@ -246,7 +248,7 @@ def _traced_again(graph: ChannelGraph, units: Mapping[str, Tensor]) -> Analysis:
     Raises:
         ShrinkError: If the network is wired otherwise by now.
     """
-    analysis = _evidence(graph).repeated()
+    analysis = recorded_anew(_evidence(graph).repeated())
     for name in units:
         old, new = graph.groups[name], analysis.groups.get(name)
         if new is None or not _same_slots(old, new):
@@ -282,8 +284,7 @@ def keep_whole(graph: ChannelGraph, reasons: Mapping[str, str]) -> ChannelGraph:
     roots = {name: analysis.units[name] for name in whole}
     for name in whole:
         analysis.freeze(roots[name], reasons[name])
-    known = analysis.groups.keys()
-    analysis.laws = {s: law for s, law in analysis.laws.items() if known >= {name for name, _ in law.per_unit}}
+    analysis.adopt_laws(analysis.laws)
     return analysis.graph() if whole else graph
 
 

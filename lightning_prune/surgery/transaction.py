@@ -95,17 +95,20 @@ class Transaction:
         used: set[Setting] = set()
         expectation = Expectation(self.analysis, self.kept)
         runs = list({id(run.events): run for run in self.analysis.runs}.values())  # some programs do just the same
-        if any([self._follows(run, expectation, values, used) for run in runs]):
+        if any([self._follows(run, expectation, values, used) is not None for run in runs]):
             for run in runs:
-                if self._follows(run, expectation, values, used):
-                    raise UnsolvedError(0, "one integer attribute would need two values")
+                revised = self._follows(run, expectation, values, used)
+                if revised is not None:
+                    raise UnsolvedError(revised, "one integer attribute would need two values", run)
         known = {s: Fraction(values[s], self.original[s]) for s in used if self.original[s] != 0}
         values.update(self._described(known))
         write_settings(self.model, values)
         self.settings = {s: value for s, value in values.items() if value != self.original[s]}
 
-    def _follows(self, run: Run, expectation: Expectation, values: dict[Setting, int], used: set[Setting]) -> bool:
-        """Run one program, anew as long as that solves settings; returns whether one was changed after its use."""
+    def _follows(
+        self, run: Run, expectation: Expectation, values: dict[Setting, int], used: set[Setting]
+    ) -> int | None:
+        """Run one program, anew as long as that solves settings; where one was changed after its use, if anywhere."""
         while True:
             before = dict(values)
             try:
@@ -114,7 +117,7 @@ class Transaction:
                 if values == before:
                     raise
 
-    def _runs(self, run: Run, expectation: Expectation, values: dict[Setting, int], used: set[Setting]) -> bool:
+    def _runs(self, run: Run, expectation: Expectation, values: dict[Setting, int], used: set[Setting]) -> int | None:
         checker = Checker(expectation, run, self._memory)
         solver = Solver(checker, values, used)
         try:
@@ -132,9 +135,7 @@ class Transaction:
             values.update({s: value for s, value in missed(compared).items() if values[s] == self.original[s]})
             found = _unsolved_in(error)  # what ran the user's code may have made an error of its own of it
             reason = f"{run.program.name} failed after the cut: {error}" if found is None else found.reason
-            unsolved = UnsolvedError(checker.position if found is None else found.position, reason)
-            unsolved.run = run
-            raise unsolved from error
+            raise UnsolvedError(checker.position if found is None else found.position, reason, run) from error
         if checker.scales.numbers:
             self.scales[id(run.events)] = checker.scales.numbers
             self.scaled += checker.scales.labels

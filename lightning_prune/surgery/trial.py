@@ -28,14 +28,39 @@ Keep = Mapping[str, Tensor]
 GroupAt = tuple[str, Event]
 
 
-def settle_groups(analysis: Analysis) -> None:
-    """Cut all groups on trial, again and again, until the network can follow; afterwards it is as it was."""
+def settle_groups(analysis: Analysis) -> Analysis:
+    """Cut all groups on trial, again and again, until the network can follow; afterwards it is as it was.
+
+    Returns:
+        The analysis with the groups that are left; another one if the network does not repeat what it did at first.
+    """
+    checked = False
     while analysis.groups:
         keep = _trial_keep(analysis)
         problem = _problem(analysis, keep, learn=True)
         if problem is None:
-            return
+            break
+        if not checked:
+            checked, recorded = True, analysis
+            analysis = recorded_anew(recorded)
+            if analysis is not recorded:
+                continue
         _respond(analysis, problem, keep)
+    return analysis
+
+
+def recorded_anew(analysis: Analysis) -> Analysis:
+    """The same analysis if the uncut network repeats what was recorded; else one of what it does now.
+
+    The first run may have filled caches outside the network (``functools.lru_cache``), which cannot be put back.
+    """
+    try:
+        with applied(analysis, {}) as transaction:
+            transaction.prove()
+            transaction.undo()
+    except UnsolvedError:
+        return analysis.repeated()
+    return analysis
 
 
 def _trial_keep(analysis: Analysis) -> dict[str, Tensor]:
@@ -103,10 +128,14 @@ def _laws(
 
 def _respond(analysis: Analysis, problem: UnsolvedError, keep: Keep) -> None:
     """Couple the group at fault with others, or keep it whole."""
-    event = problem.event
-    nearby = [] if event is None else [name for name in analysis.groups_at(event) if name in keep]
+    nearby = [] if problem.event is None else [name for name in analysis.groups_at(problem.event) if name in keep]
     names = nearby if nearby and _fails(analysis, keep, nearby) else list(keep)
-    culprit = _narrowed(analysis, keep, names)
+    involved = _narrowed(analysis, keep, names)
+    if not set(involved) <= set(nearby):  # then it was another group that failed there
+        problem = _problem(analysis, {name: keep[name] for name in involved}) or problem
+    event = problem.event
+    # The one that costs least to keep whole.
+    culprit = min(involved, key=lambda name: sum(slot.index.numel() for slot in analysis.groups[name].slots))
     places = [] if event is None else _places_alike(analysis, culprit, event)
     alike = list(dict.fromkeys(name for name, _ in places))
     if culprit not in alike:
@@ -134,8 +163,8 @@ def _fails(analysis: Analysis, keep: Keep, names: Sequence[str]) -> bool:
     return _problem(analysis, {name: keep[name] for name in names}) is not None
 
 
-def _narrowed(analysis: Analysis, keep: Keep, names: Sequence[str]) -> str:
-    """One of the fewest groups that cannot be cut together: the one that costs least to keep whole."""
+def _narrowed(analysis: Analysis, keep: Keep, names: Sequence[str]) -> list[str]:
+    """The fewest groups that cannot be cut together."""
     involved: list[str] = []
     while names and not (involved and _fails(analysis, keep, involved)):
         # The shortest beginning of the list that fails along with those involved ends in another one.
@@ -146,7 +175,7 @@ def _narrowed(analysis: Analysis, keep: Keep, names: Sequence[str]) -> str:
             low, high = (low, middle) if fails else (middle + 1, high)
         involved.append(names[low - 1])
         names = names[: low - 1]
-    return min(involved, key=lambda name: sum(slot.index.numel() for slot in analysis.groups[name].slots))
+    return involved
 
 
 def _coupled(analysis: Analysis, places: Sequence[GroupAt]) -> bool:
@@ -168,6 +197,8 @@ def _coupled(analysis: Analysis, places: Sequence[GroupAt]) -> bool:
         keep = _equal_parts(analysis, {name for pair in chosen for name in pair}, length)
         if any(len(units) == 0 for units in keep.values()) or _problem(analysis, keep) is not None:
             continue
+        if not _fails(analysis, keep, list(dict.fromkeys(name for name, _ in chosen))):
+            continue  # it was not for want of a partner
         for name, partner in chosen:
             analysis.unite(_full_leaf(analysis, name, length), _full_leaf(analysis, partner, length))
         analysis.solve()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -256,8 +257,10 @@ def reshape_ids(ids: Tensor, shape_in: Sequence[int], shape_out: Sequence[int]) 
     """
     if tuple(shape_in) == tuple(shape_out):
         return ids
-    if 0 in shape_in:
-        return torch.zeros((1,) * len(shape_out), dtype=torch.int64)
+    if 0 in shape_in:  # without a single number, what lies beside the empty dimension is made of the same as before
+        if 0 in ids.shape or _around_zero(shape_in) != _around_zero(shape_out):
+            return torch.zeros((1,) * len(shape_out), dtype=torch.int64)
+        shape_in, shape_out = ([size or 1 for size in shape] for shape in (shape_in, shape_out))
     pieces: list[int] = []
     expanded = list(ids.shape)
     i = j = 0
@@ -280,6 +283,12 @@ def reshape_ids(ids: Tensor, shape_in: Sequence[int], shape_out: Sequence[int]) 
             expanded[d] = shape_in[d] if varies else 1
         pieces.extend(shape_out[start_out:j] if varies else [1] * (j - start_out))
     return compact(ids.expand(expanded).reshape(pieces))
+
+
+def _around_zero(shape: Sequence[int]) -> tuple[int, int]:
+    """How many positions there are before and after the first dimension of length 0; the others count as 1."""
+    at = list(shape).index(0)
+    return math.prod(shape[:at]), math.prod(size or 1 for size in shape[at + 1 :])
 
 
 ZEROED = "zeroed"

@@ -150,5 +150,13 @@ def test_reshape_does_not_expand_what_does_not_mix() -> None:
     assert reshape_ids(ids, (64, 6, 100, 100), (64, 60000)).shape == (1, 60000)
 
 
-def test_a_reshape_of_nothing_has_no_labels() -> None:
-    assert reshape_ids(torch.arange(3).reshape(1, 3), (0, 3), (3, 0)).tolist() == [[0]]
+@pytest.mark.parametrize(("shape_in", "shape_out"), [((0, 3), (3, 0)), ((0, 3), (0, 2)), ((0, 0, 3), (0, 4, 3))])
+def test_a_reshape_of_nothing_may_leave_no_labels(shape_in, shape_out) -> None:
+    ids = torch.arange(1, 4).reshape([1] * (len(shape_in) - 1) + [3])
+    assert reshape_ids(ids, shape_in, shape_out).unique().tolist() == [0]
+
+
+def test_a_reshape_beside_an_empty_dimension_keeps_labels() -> None:
+    ids = torch.arange(1, 7).reshape(1, 6)
+    assert reshape_ids(ids, (0, 6), (0, 1, 2, 3)).tolist() == [[[[1, 2, 3], [4, 5, 6]]]]
+    assert reshape_ids(ids[:, None], (2, 0, 6), (2, 0, 3, 2)).tolist() == [[[[1, 2], [3, 4], [5, 6]]]]

@@ -398,3 +398,17 @@ def test_queries_made_of_parameters_by_a_layer_with_a_bias_are_off_where_both_ar
     shrink(net, graph, keep)
     assert net.q.out_features == 4
     assert difference(expected, run(net, x)) < 1e-5
+
+
+def test_layers_that_happen_to_get_no_data_are_cut_like_others() -> None:
+    """As the heads of a detector that finds nothing."""
+    parts = {"a": conv(3, 4, 3), "b": conv(4, 6, 3), "t": nn.ConvTranspose2d(6, 4, 2), "g": conv(4, 4, 1, groups=2)}
+    ends, found = {"end": nn.Linear(4 * 6 * 8, 2)}, [2]
+    net = Net(lambda n, x: n.end(n.g(n.t(n.b(n.a(x[: found[0]])))).flatten(1)), **parts, **ends)
+    expected = trace(net, torch.randn(2, 3, 9, 11)).groups
+    found[0] = 0
+    graph = trace(net, torch.randn(2, 3, 9, 11))
+    assert graph.groups.keys() == expected.keys() == {"a", "b", "t"}
+    for name, group in expected.items():
+        places = [(slot.tensor, slot.dim, slot.index.tolist()) for slot in group.slots]
+        assert [(slot.tensor, slot.dim, slot.index.tolist()) for slot in graph.groups[name].slots] == places

@@ -43,6 +43,7 @@ from examples.studies.common import (
     trained,
 )
 from lightning_prune import BayesianPruning, ChannelPruning, Linear, OneShot
+from lightning_prune.bayes import area_under_curve
 from lightning_prune.callbacks.network import Network
 
 
@@ -149,12 +150,6 @@ def areas_of(predictions: Sequence[Mapping[str, Mapping[str, Tensor]]]) -> list[
         if 0 < int(pruned.sum()) < len(pruned):
             found.append(area_under_curve(predicted, pruned))
     return found
-
-
-def area_under_curve(scores: Tensor, positive: Tensor) -> float:
-    """Probability that a positive has a higher score than a negative, where equal ones count half."""
-    difference = scores[positive][:, None] - scores[~positive][None]
-    return float(((difference > 0).double() + 0.5 * (difference == 0).double()).mean())
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ class GReg(PhasedPruning):
             since = position.step - self._choice
             self._coefficient = self._first.after(position.step) if since < 0 else self._second.after(since)
             if since >= 0 and "going" not in self.per_unit:
-                self.per_unit["going"] = {name: ~mask for name, mask in self.rehearsed(network).items()}
+                self.per_unit["going"] = {name: ~mask for name, mask in self.foreseen(network).items()}
 
     @override
     def before_step(self, network: Network, optimizer: Optimizer) -> None:

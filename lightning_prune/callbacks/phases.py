@@ -37,7 +37,7 @@ class PhasedPruning(ChannelPruning):
         """Whether the last round is still to come."""
         return self.can_prune(network) and self._record["level"] < 1
 
-    def rehearsed(self, network: Network) -> Mapping[str, Tensor]:
+    def foreseen(self, network: Network) -> Mapping[str, Tensor]:
         """The units that would be kept if the last round were now, in all processes alike."""
         keep = network.broadcast(super().select(network, 1.0))
         network.rewrap()  # latency is measured on trial cuts

@@ -100,5 +100,5 @@ class SoftFilterPruning(PhasedPruning):
         if self.under_way(network) and times > 0 and times != self.learnt.get("times"):
             self.learnt["times"] = times
             zeroed = Masks(network.graph)
-            zeroed.set(self.rehearsed(network))
+            zeroed.set(self.foreseen(network))
             zeroed.apply(network.tensors)

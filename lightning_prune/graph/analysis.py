@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import TraceError
 from lightning_prune.graph.calls import Labelled
 from lightning_prune.graph.channels import ChannelGraph, Extent, Operation, Refusal
+from lightning_prune.graph.dry_run import NumbersNeededError
 from lightning_prune.graph.grouping import Leaf, LeafTable
 from lightning_prune.graph.labels import (
     INNER,
@@ -26,7 +27,6 @@ from lightning_prune.graph.labels import (
     varying,
 )
 from lightning_prune.graph.program import Program, loose_tensors
-from lightning_prune.graph.rehearsal import NumbersNeededError
 from lightning_prune.graph.rules import find_rule
 from lightning_prune.graph.rules.contractions import NEEDS_ZERO
 from lightning_prune.graph.selections import Selection
@@ -46,7 +46,7 @@ class Run(NamedTuple):
         events: The operators.
         counted: What they cost.
         dtypes: Of what they returned.
-        rehearsed: Whether costly arithmetic was left out.
+        dry: Whether costly arithmetic was left out.
         selects: Whether it picks anything by its numbers.
         selections: What it picked, where the numbers were there.
         handed_out: Shapes of its outputs.
@@ -56,7 +56,7 @@ class Run(NamedTuple):
     events: list[Event]
     counted: list[Counted]
     dtypes: set[torch.dtype]
-    rehearsed: bool
+    dry: bool
     selects: bool
     selections: list[Selection]
     handed_out: list[tuple[int, ...]]
@@ -150,18 +150,18 @@ class Analysis:
         return Labels(self.space.fresh(tensor.shape) if labelled else (), static=True)
 
     def _trace(self, program: Program) -> set[int]:
-        """Run a program, as a rehearsal if its course does not depend on numbers; what was touched."""
+        """Run a program, as a dry run if its course does not depend on numbers; what was touched."""
         forget = self.space.snapshot()
         try:
-            return self._run(program, rehearsing=True)
+            return self._run(program, dry=True)
         except (NumbersNeededError, Exception):  # zeros for numbers may also make the network fail
             forget()
             self._memory.clear()
-        return self._run(program, rehearsing=False)
+        return self._run(program, dry=False)
 
-    def _run(self, program: Program, rehearsing: bool) -> set[int]:
+    def _run(self, program: Program, dry: bool) -> set[int]:
         leaves = [*((self.tensors[name], labels) for name, labels in self.labels.items()), *self.loose.values()]
-        tracer = Tracer(self.space, leaves, find_rule, not program.training, rehearsing, self._memory)
+        tracer = Tracer(self.space, leaves, find_rule, not program.training, dry, self._memory)
         outputs = run_traced(program, tracer)
         for output in outputs:
             for plane in tracer.labels_of(output).planes:
@@ -169,7 +169,7 @@ class Analysis:
         shapes = [tuple(output.shape) for output in outputs]
         events = next((run.events for run in self.runs if run.events == tracer.events), tracer.events)
         tape = tracer.selections.tape
-        self.runs.append(Run(program, events, tracer.counted, tracer.dtypes, rehearsing, tracer.selects, tape, shapes))
+        self.runs.append(Run(program, events, tracer.counted, tracer.dtypes, dry, tracer.selects, tape, shapes))
         return tracer.touched
 
     def freeze(self, roots: Tensor, reason: str) -> None:

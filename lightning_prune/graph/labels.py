@@ -44,7 +44,7 @@ class Labels(NamedTuple):
     Args:
         planes: Its labels.
         static: Whether it depends on parameters and constants only.
-        made_up: Whether its numbers come from a rehearsal.
+        made_up: Whether its numbers come from a dry run.
     """
 
     planes: tuple[Plane, ...] = ()

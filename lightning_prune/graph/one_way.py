@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from lightning_prune.graph.dry_run import READS_OUTSIDE, NumbersNeededError
 from lightning_prune.graph.observation import is_observed
-from lightning_prune.graph.rehearsal import READS_OUTSIDE, NumbersNeededError
 
 
 class MakesUp(Protocol):
     """Knows which tensors hold numbers that were made up."""
 
     def is_made_up(self, tensor: Tensor) -> bool:
-        """Whether the numbers of a tensor come from a rehearsal."""
+        """Whether the numbers of a tensor come from a dry run."""
 
 
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})

@@ -25,11 +25,11 @@ from lightning_prune.graph.calls import (
     operator_name,
     tensors_among,
 )
+from lightning_prune.graph.dry_run import NumbersNeededError, leave_out, reads_numbers
 from lightning_prune.graph.labels import Labels, LabelSpace, Plane, Witness, user_line
 from lightning_prune.graph.observation import is_observed
 from lightning_prune.graph.one_way import decomposed
 from lightning_prune.graph.program import Program, map_nested, tensors_in
-from lightning_prune.graph.rehearsal import NumbersNeededError, leave_out, reads_numbers
 from lightning_prune.graph.selections import Selections, is_selection
 
 
@@ -81,7 +81,7 @@ class Tracer(TorchDispatchMode):
         leaves: Labels of every parameter and buffer.
         find_rule: Gives the rule of an operator.
         compared: Whether the numbers that come out will be compared with those of the shrunk network.
-        rehearsing: Whether to leave out the costly arithmetic on data.
+        dry: Whether to leave out the costly arithmetic on data.
         memory: What rules said about calls before; to be shared by tracers with one label space.
         selections: Where to record what is selected by its numbers, or what to play back.
     """
@@ -92,7 +92,7 @@ class Tracer(TorchDispatchMode):
         leaves: Sequence[tuple[Tensor, Labels]],
         find_rule: Callable[[OpOverload], Rule],
         compared: bool,
-        rehearsing: bool,
+        dry: bool,
         memory: Memory | None = None,
         selections: Selections | None = None,
     ) -> None:
@@ -105,7 +105,7 @@ class Tracer(TorchDispatchMode):
         self.dtypes: set[torch.dtype] = set()
         self.selects = False
         self.compared = compared
-        self.rehearsing = rehearsing
+        self.dry = dry
         self._find_rule = find_rule
         self.selections = selections or Selections()
         self._memory = {} if memory is None else memory
@@ -136,7 +136,7 @@ class Tracer(TorchDispatchMode):
         if unreal and reads_numbers(func, args):
             raise NumbersNeededError
         handed_on = hands_on(operator_name(func), args)
-        left_out = leave_out(func, args, kwargs, unreal) if self.rehearsing and not static else None
+        left_out = leave_out(func, args, kwargs, unreal) if self.dry and not static else None
         selects = not static and is_selection(func, args)
         self.selects = self.selects or selects
         if left_out is not None:
@@ -149,7 +149,7 @@ class Tracer(TorchDispatchMode):
         return result
 
     def is_made_up(self, tensor: Tensor) -> bool:
-        """Whether the numbers of a tensor come from a rehearsal."""
+        """Whether the numbers of a tensor come from a dry run."""
         return self.labels_of(tensor).made_up
 
     def _carry(self, call: Call, unreal: bool) -> None:

@@ -167,7 +167,7 @@ class Checker(Tracer):
             leaves.append((tensor, Labels(tuple(p for p in planes if p is not None), labels.static)))
         space = _FinalSpace(expectation.lost, analysis.space.approximate)
         selections = Selections(run.selections)
-        super().__init__(space, leaves, find_rule, not run.program.training, run.rehearsed, memory, selections)
+        super().__init__(space, leaves, find_rule, not run.program.training, run.dry, memory, selections)
         self.expectation = expectation
         self.recorded = run.events
         self.position = 0

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_prune.graph.analysis import Analysis, Run
+from lightning_prune.graph.dry_run import NumbersNeededError
 from lightning_prune.graph.labels import SOLID
-from lightning_prune.graph.rehearsal import NumbersNeededError
 from lightning_prune.graph.tracer import Memory, run_traced
 from lightning_prune.surgery.attributes import (
     Remembered,

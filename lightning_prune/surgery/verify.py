@@ -140,7 +140,7 @@ def masked_outputs(
 def _traced(analysis: Analysis) -> Observed:
     """What was selected when the programs were traced: other statistics must not make them take another course."""
     runs = (run for run in analysis.runs if not run.program.training)
-    return Observed(selections=[None if run.rehearsed else run.selections for run in runs])
+    return Observed(selections=[None if run.dry else run.selections for run in runs])
 
 
 def _rounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -168,7 +168,7 @@ def test_batches_of_another_size_are_read_too():
 
 
 def test_a_mean_over_images_with_channels_last_is_read_as_any_other():
-    # There torch executes one operator more, for the strides alone, which the rehearsal of the trace does not see.
+    # There torch executes one operator more, for the strides alone, which the dry run of the trace does not see.
     parts = nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
     model = nn.Sequential(*parts).to(memory_format=torch.channels_last)
     graph, readings = watched(model, IMAGES)

@@ -7,6 +7,7 @@ import copy
 import lightning as L
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import cross_entropy
@@ -355,3 +356,17 @@ def test_more_rounds_than_the_fit_has_room_for(arguments, message):
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         BayesianPruning(**arguments)
+
+
+def test_area_under_curve_by_hand():
+    scores = torch.tensor([0.9, 0.4, 0.4, 0.1])
+    # Of the four pairs the positives 0.9 and 0.4 win against 0.4, 0.1 and 0.1, and are level once.
+    assert area_under_curve(scores, torch.tensor([True, True, False, False])) == 3.5 / 4
+    assert area_under_curve(scores, torch.tensor([False, False, True, True])) == 0.5 / 4
+
+
+def test_area_under_curve_like_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 8, (60,), generator=generator) / 8
+    positive = torch.rand(60, generator=generator) < 0.3
+    assert area_under_curve(scores, positive) == pytest.approx(roc_auc_score(positive, scores))

@@ -12,7 +12,6 @@ from torch import nn
 
 pytest.importorskip("torchvision")
 
-from sklearn.metrics import roc_auc_score
 
 from examples.studies.common import (
     Cells,
@@ -28,7 +27,7 @@ from examples.studies.common import (
     paired_table,
     results,
 )
-from examples.studies.memory import area_under_curve, areas_of
+from examples.studies.memory import areas_of
 from examples.studies.structure_search import TrainedTwice
 from lightning_prune import ChannelPruning, OneShot
 
@@ -91,20 +90,6 @@ def test_grid_asks_for_the_dense_net_once():
         common | {"method": "l1", "removed": 0.5},
         common | {"method": "l1", "removed": 0.7},
     ]
-
-
-def test_area_under_curve_by_hand():
-    scores = torch.tensor([0.9, 0.4, 0.4, 0.1])
-    # Of the four pairs the positives 0.9 and 0.4 win against 0.4, 0.1 and 0.1, and are level once.
-    assert area_under_curve(scores, torch.tensor([True, True, False, False])) == 3.5 / 4
-    assert area_under_curve(scores, torch.tensor([False, False, True, True])) == 0.5 / 4
-
-
-def test_area_under_curve_like_scikit_learn():
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randint(0, 8, (60,), generator=generator) / 8
-    positive = torch.rand(60, generator=generator) < 0.3
-    assert area_under_curve(scores, positive) == pytest.approx(roc_auc_score(positive, scores))
 
 
 def test_rounds_without_a_prediction_or_a_choice_have_no_area():

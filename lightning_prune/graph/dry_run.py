@@ -1,4 +1,4 @@
-"""Rehearsal: run what a network does without the arithmetic that costs time.
+"""Dry runs: run what a network does without the arithmetic that costs time.
 
 Which operators a network executes seldom depends on the numbers it computes. So matrix products and convolutions of
 data, and all that follows from them, give tensors of the right shape without numbers, until the network looks at one;
@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 
 class NumbersNeededError(BaseException):
-    """The network looks at a number that a rehearsal made up.
+    """The network looks at a number that a dry run made up.
 
     Not an ``Exception``, so that no handler of the user's code takes it for a failure of the network.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -264,3 +266,27 @@ def asserted_width():
         return net.head(F.relu(net.hidden(x)).mean(1))
 
     return Net(forward, width=10, first=nn.Linear(6, 10), hidden=nn.Linear(10, 14), head=nn.Linear(14, 9))
+
+
+@FLOW.add("positions that a function remembers for the last size (lru_cache)", image)
+def remembered_positions():
+    @lru_cache(maxsize=1)
+    def positions(height, width):
+        return torch.arange(height)[:, None] * torch.arange(width) / 10
+
+    def forward(net, x):
+        x = net.first(x)
+        return net.head(F.relu(net.hidden(x + positions(*x.shape[2:]))).mean((2, 3)))
+
+    return Net(forward, first=nn.Conv2d(3, 10, 3), hidden=nn.Conv2d(10, 14, 3), head=nn.Linear(14, 9))
+
+
+@FLOW.add("a branch that gets no data, as a detector's when nothing is found", image)
+def no_data():
+    def forward(net, x):
+        x = net.first(x)
+        found = net.refined(net.upper(x[:0]).relu())
+        return net.head(F.relu(net.hidden(x)).mean((2, 3))) + found.sum((0, 2, 3))
+
+    parts = {"first": nn.Conv2d(3, 10, 3), "hidden": nn.Conv2d(10, 14, 3), "head": nn.Linear(14, 9)}
+    return Net(forward, **parts, upper=nn.ConvTranspose2d(10, 6, 2, 2), refined=nn.Conv2d(6, 9, 1))

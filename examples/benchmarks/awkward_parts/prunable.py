@@ -199,6 +199,8 @@ PRUNABLE: dict[str, tuple[float, str]] = {
     "functional_call": (0.99, OUTPUT),
     "moving_average": (0.98, OUTPUT),
     "asserted_width": (0.97, OUTPUT),
+    "remembered_positions": (1.00, OUTPUT),
+    "no_data": (1.00, OUTPUT),
     "detection_head": (1.00, "scores and boxes"),
     "anchor_head": (1.00, "outputs"),
     "feature_pyramid": (1.00, OUTPUT),

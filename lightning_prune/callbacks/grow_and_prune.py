@@ -189,9 +189,8 @@ class GrowAndPrune(PhasedPruning):
         gates = annealed(evidence, level, expected, falling(self.learnt["grown"], target, level), least)
         self.per_unit["gates"] = gates = dict(network.broadcast(gates))
         widths = {n: fit(int((gate >= _SHUT).sum()), present[n], original[n]) for n, gate in gates.items()}
-        if expected(widths) < target:
-            return self._selection(network, evidence, 1.0)
-        return {name: best(evidence[name], width) for name, width in widths.items()}
+        within = {name: best(evidence[name], width) for name, width in widths.items()}
+        return within if expected(widths) >= target else self._selection(network, evidence, 1.0)
 
     def _refresh(self, network: Network) -> None:
         """Estimate the scale of each unit anew, from the weights behind the gates."""

@@ -60,8 +60,7 @@ class SmallWeightSearch(WeightPruning):
     def __init__(
         self,
         remove: float = 0.9, small_fraction: float = 0.3,
-        optimizer: Union[SearchName, Search, None] = "genetic",  # noqa: UP007
-        batches: int = 16, sweeps: int = 20,
+        optimizer: Union[SearchName, Search, None] = "genetic", batches: int = 16, sweeps: int = 20,  # noqa: UP007
         schedule: Union[ScheduleName, Schedule] = "one_shot",  # noqa: UP007
         scope: Scope = "global", include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
         floor: Union[int, float] = 0.001, reinit: Union[ReinitName, Reinit] = "keep",  # noqa: UP007
@@ -72,11 +71,10 @@ class SmallWeightSearch(WeightPruning):
             "magnitude", remove, schedule, scope, include, exclude, floor, None, reinit, shrink, verify, recalibrate,
             seed, directory, early_stopping,
         )  # fmt: skip
-        if not 0 <= small_fraction <= 1 or batches < 1 or sweeps < 0:
-            given = f"{small_fraction}, {batches} and {sweeps}"
-            raise ConfigurationError(
-                f"small_fraction must lie in [0, 1], batches be at least 1 and sweeps at least 0, but they are {given}."
-            )
+        if not 0 <= small_fraction <= 1:
+            raise ConfigurationError(f"small_fraction must lie in [0, 1], but is {small_fraction}.")
+        if batches < 1 or sweeps < 0:
+            raise ConfigurationError(f"At least 1 batch and 0 sweeps are needed, but they are {batches} and {sweeps}.")
         self.small_fraction, self.optimizer, self.batches, self.sweeps = small_fraction, optimizer, batches, sweeps
         self._search = None if optimizer is None else search_from(optimizer)
 

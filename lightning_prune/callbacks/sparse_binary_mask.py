@@ -61,8 +61,7 @@ class SparseBinaryMask(RandomNetwork):
 
     def __init__(
         self,
-        remove: float = 0.5,
-        scope: Scope = "layer",
+        remove: float = 0.5, scope: Scope = "layer",
         init: Init = "kaiming_normal",
         forward: Literal["anneal", "binary"] = "anneal",
         optimizer: Step = "normalised_sgd", lr: float = 0.01, momentum: float = 0.9,

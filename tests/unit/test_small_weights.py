@@ -317,8 +317,8 @@ def test_gains_by_hand_and_weights_as_before():
     [
         ({"optimizer": "genetics"}, "did you mean 'genetic'"),
         ({"small_fraction": 1.5}, "small_fraction must lie in"),
-        ({"batches": 0}, "batches be at least 1"),
-        ({"sweeps": -1}, "sweeps at least 0"),
+        ({"batches": 0}, "At least 1 batch"),
+        ({"sweeps": -1}, "and 0 sweeps are needed"),
         ({"scope": "globl"}, "did you mean 'global'"),
     ],
 )

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +27,7 @@ from zoo_parts.suites import SUITES, model_names
 from zoo_parts.tables import read_rows, table
 from zoo_parts.worker import work
 
+_PROCESSES = multiprocessing.get_context("forkserver")  # what takes seconds to import is imported once
 _IDENTITY = ("suite", "backend", "model", "ratio", "norms", "seed")
 
 
@@ -45,15 +46,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--jobs", type=int, default=1, help="models at a time")
     p.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="make the table from these records")
     p.add_argument("--self-check", action="store_true", help="corrupt correct results; the judge must flag each")
-    p.add_argument("--worker", nargs=2, metavar=("SETTINGS", "FILE"), help=argparse.SUPPRESS)
     return p
 
 
 def main() -> int:
     arguments = parser().parse_args()
-    if arguments.worker:
-        work(json.loads(arguments.worker[0]), Path(arguments.worker[1]))
-        return 0
     if arguments.self_check:
         return self_check(arguments.models.split(",") if arguments.models else None)
     if arguments.out is None:
@@ -76,6 +73,8 @@ def run_suite(arguments: argparse.Namespace) -> int:
     todo = [{**shared, **limits, "model": name} for name in names]
     todo = [settings for settings in todo if tuple(settings[key] for key in _IDENTITY) not in done]
     print(f"{len(todo)} of {len(names)} models to run")
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    _PROCESSES.set_forkserver_preload(["torch._dynamo", "zoo_parts.worker", "zoo_parts.backends", arguments.suite])
     lock = Lock()
 
     def one(settings: dict[str, Any]) -> None:
@@ -95,16 +94,15 @@ def run_model(settings: dict[str, Any]) -> dict[str, Any]:
     """The record of one model, measured in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "record.json"
-        command = [sys.executable, __file__, "--worker", json.dumps(settings), str(path)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        process = _PROCESSES.Process(target=work, args=(settings, path))
+        process.start()
         wall = 4 * (4 * settings["timeout"] + 120)  # CPU seconds take longer on a busy machine
-        died = None
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=wall, env=environment, check=False)
-            if done.returncode:
-                died = f"the process ended with code {done.returncode}: {done.stderr[-300:].strip()}"
-        except subprocess.TimeoutExpired:
+        process.join(wall)
+        died = f"the process ended with code {process.exitcode}" if process.exitcode else None
+        if process.exitcode is None:
             died = f"the process took more than {wall} seconds"
+            process.kill()
+            process.join()
         row = json.loads(path.read_text()) if path.exists() else {**settings, "verdict": "failed"}
         if died:
             row |= {"error": died, "error_type": "Died"}

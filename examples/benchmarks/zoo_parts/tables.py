@@ -206,7 +206,7 @@ def _medians(rows: Sequence[Row]) -> str:
         )
     return (
         "Medians over the models whose pruning call returned (share removed: over the verified ones). CPU seconds of "
-        "one thread; memory is the peak resident size above that before the call. How trace and cut compare at 224 x 224 "
+        "one thread; memory is the peak resident size above that before the call. How both compare at 224 x 224 "
         "pixels, measured in turns in one process, is in [speed.md](speed.md).\n\n" + _markdown(header, lines)
     )
 

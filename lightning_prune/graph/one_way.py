@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import string
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -36,10 +36,10 @@ class _OneWay(TorchFunctionMode):
         self._tracer = tracer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace ``linear``; run recurrent layers without their fused kernel."""
+        """Replace what goes several ways; run recurrent layers without their fused kernel."""
         kwargs = kwargs or {}
-        if func is torch.nn.functional.linear and is_observed():
-            return _linear(*args, **kwargs)
+        if func in _REPLACED and is_observed():
+            return _REPLACED[func](*args, **kwargs)
         if func is torch.functional.einsum and is_observed() and isinstance(args[0], str) and len(args) > 2:
             return _einsum(*args)
         name = getattr(func, "__name__", None)
@@ -57,6 +57,28 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
     product = rows.mm(weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
     return product if input.dim() == 2 else product.reshape(*input.shape[:-1], weight.shape[0])
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Without any data torch would multiply by the first channel's weight, whatever the channel."""
+    if input.numel() == 0 and not training:
+        return torch.native_batch_norm(input, weight, bias, running_mean, running_var, False, momentum, eps)[0]
+    return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+_REPLACED: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    torch.nn.functional.linear: _linear,
+    torch.nn.functional.batch_norm: _batch_norm,
+}
 
 
 def _einsum(equation: str, *operands: Tensor) -> Tensor:

@@ -144,8 +144,10 @@ class Solver(TorchFunctionMode):
         """What the settings may be: sizes that changed in this call, and what follows from them."""
         with unobserved():
             placed = list(self._placed(arguments, range(start, end + 2)))
-            changes = sorted(set().union(*(self.checker.changes(p) for p in range(start, end + 2))))
+            given = sorted(set().union(*(self.checker.changes(p, inputs=True) for p in range(start, end + 1))))
+            made = sorted(set().union(*(self.checker.changes(p) for p in range(start, end + 2))))
         yield from placed
+        changes = list(dict.fromkeys([*given, *made]))
         options: dict[Setting, list[int]] = {}
         for setting in settings:
             value = self.values.get(setting)
@@ -155,8 +157,9 @@ class Solver(TorchFunctionMode):
             found += [value * new // old for old, new in changes if value * new % old == 0]
             found += [value - (old - new) for old, new in changes]
             options[setting] = [v for v in dict.fromkeys(found) if v > 0 and v != value]
-        renamed = {setting: {new for old, new in changes if old == self.values.get(setting)} for setting in settings}
-        yield {setting: values.pop() for setting, values in renamed.items() if len(values) == 1}
+        for sizes in (given, changes):
+            renamed = {setting: {new for old, new in sizes if old == self.values.get(setting)} for setting in settings}
+            yield {setting: values.pop() for setting, values in renamed.items() if len(values) == 1}
         singles = [{s: v} for s, values in options.items() for v in values]
         pairs = ({**a, **b} for a, b in itertools.combinations(singles, 2) if a.keys() != b.keys())
         yield from itertools.islice(itertools.chain(singles, pairs), _MAX_ATTEMPTS)

@@ -213,13 +213,15 @@ class Checker(Tracer):
         due = event.witnesses[-len(call.outputs) :]
         return all(tuple(o.shape) == w.shape for o, w in zip(call.outputs, due, strict=True))
 
-    def changes(self, position: int) -> set[tuple[int, int]]:
-        """Sizes before and after that differ in the recorded event at a position."""
+    def changes(self, position: int, inputs: bool = False) -> set[tuple[int, int]]:
+        """Sizes before and after that differ in the recorded event at a position, or in its inputs only."""
         event = self.expected(position)
         if event is None:
             return set()
-        pairs = zip(self.recorded[position].witnesses, event.witnesses, strict=True)
-        return {(o, n) for old, new in pairs for o, n in zip(old.shape, new.shape, strict=True) if o != n}
+        record = self.recorded[position]
+        old, new = (record.inputs, event.inputs) if inputs else (record.witnesses, event.witnesses)
+        pairs = zip(old, new, strict=True)
+        return {(o, n) for a, b in pairs for o, n in zip(a.shape, b.shape, strict=True) if o != n}
 
     def count(self, call: Call, outputs: Sequence[Planes]) -> None:
         """What it costs is known."""

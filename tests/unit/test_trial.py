@@ -117,3 +117,25 @@ def test_code_that_halves_a_width_is_found_out_before_the_cut(width) -> None:
     graph = trace(Halved(), torch.randn(2, 5))
     assert graph.widths == {}
     assert any("slice gave shape" in reason for _, reason in graph.refused)
+
+
+class Halves(nn.Module):
+    """Each half of the channels goes a way of its own, to as many channels as there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 16
+        self.first, self.hidden, self.last = nn.Linear(5, 16), nn.Linear(16, 10), nn.Linear(10, 3)
+        self.ways = nn.ModuleList(nn.Linear(8, 16) for _ in range(2))
+
+    def forward(self, x):
+        halves = self.first(x).split(self.width // 2, 1)
+        return self.last(self.hidden(sum(way(half) for way, half in zip(self.ways, halves, strict=True))))
+
+
+def test_a_number_that_would_fit_rounded_too_follows_what_its_call_is_given() -> None:
+    network = Halves()
+    graph = trace(network, torch.randn(2, 5))
+    assert graph.widths == {"first": 8, "ways.0": 16, "hidden": 10}
+    shrink(network, graph, {"first": torch.arange(3), "ways.0": torch.arange(7)})  # 7 // 2 is right too
+    assert network.width == 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from collections import Counter, defaultdict
@@ -32,8 +33,11 @@ _LONGEST_REASONS = 4
 
 
 def read_rows(files: Iterable[Path]) -> list[Row]:
-    """All records of some JSON lines files; a file that is not there has none."""
-    return [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines() if line]
+    """All records of some JSON lines files, compressed or not; a file that is not there has none."""
+    texts = [
+        gzip.decompress(f.read_bytes()).decode() if f.suffix == ".gz" else f.read_text() for f in files if f.exists()
+    ]
+    return [json.loads(line) for text in texts for line in text.splitlines() if line]
 
 
 def table(rows: Sequence[Row]) -> str:

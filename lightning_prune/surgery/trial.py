@@ -72,8 +72,7 @@ def _trial_keep(analysis: Analysis) -> dict[str, Tensor]:
             continue
         wanted = round(group.width * _SHARES[number % len(_SHARES)])
         near = range(max(1, wanted - _CHOICES), min(group.width, wanted + _CHOICES + 1))
-        # One more or less may go unnoticed where the code halves a width.
-        counts = sorted(near, key=lambda count: (count in (1, group.width - 1), abs(count - wanted)))[:_CHOICES]
+        counts = sorted(near, key=lambda count: (count == 1, abs(count - wanted)))[:_CHOICES]
         widths = [{(n, n * count // group.width) for n in _full_lengths(analysis, name)} for count in counts]
         best = min(range(len(counts)), key=lambda choice: len(widths[choice] & taken))
         taken |= widths[best]

@@ -103,22 +103,6 @@ def test_a_group_that_can_lose_half_by_itself_needs_no_partner() -> None:
     assert dict(graph.refused)["qkv.weight (dim 0)"].startswith("split cannot follow a change of width")
 
 
-@pytest.mark.parametrize("width", [10, 12, 16])
-def test_code_that_halves_a_width_is_found_out_before_the_cut(width) -> None:
-    class Halved(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.last = nn.Linear(5, width), nn.Linear(width // 2, 3)
-
-        def forward(self, x):
-            x = self.first(x)
-            return self.last(x[:, : x.shape[1] // 2])
-
-    graph = trace(Halved(), torch.randn(2, 5))
-    assert graph.widths == {}
-    assert any("slice gave shape" in reason for _, reason in graph.refused)
-
-
 class Halves(nn.Module):
     """Each half of the channels goes a way of its own, to as many channels as there were."""
 

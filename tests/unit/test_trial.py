@@ -84,6 +84,11 @@ def test_another_group_that_fails_earlier_does_not_take_the_blame_away(key) -> N
     assert [(stage.key, stage.value) for stage in network[1:]] == [(3, 4), (2, 16)]
 
 
+def test_heads_that_fail_one_by_one_are_found_by_the_number_they_share() -> None:
+    network = nn.Sequential(nn.Linear(5, 64), Cascade(64, 4, 16, 32), Cascade(32, 2, 8, 3))
+    assert trace(network, torch.randn(2, 5)).widths == {"2.heads.0": 8}
+
+
 class Ratio(nn.Module):
     """The width of the values is a multiple of another one, and happens to be that of the layer before."""
 

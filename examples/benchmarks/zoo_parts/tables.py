@@ -150,7 +150,7 @@ def _same_models(rows: Sequence[Row]) -> str:
         "only second",
     ]
     lines = []
-    for suite, found in _grouped(rows, lambda row: row["suite"]).items():
+    for (suite, _, _), found in _grouped(rows, lambda row: (row["suite"], row["ratio"], row["norms"])).items():
         results = {
             backend: {row["model"]: bool(row.get("verified")) for row in own if row["verdict"] != "skipped"}
             for backend, own in _grouped(found, _backend).items()

@@ -140,7 +140,8 @@ def select(
     units go by ascending score, and the sets lose equal fractions of their original widths side by side. The sets are
     all groups together (``"global"``), each group alone (``"group"``), or the groups of one shape pattern
     (``"isomorphic"``, Fang et al., 2024). The lowest units of the ordering go until the allowed cost is met; if one
-    unit less comes nearer to it, that one stays. Equal scores go by order of the groups, then of the units.
+    unit less comes nearer to it, that one stays. Of equal scores those go first that stand lower in their own group, of
+    those the ones of the first group and unit.
 
     Args:
         scores: Scores of shape ``[units]`` of every group that may be cut, higher = keep; comparable across groups
@@ -244,7 +245,10 @@ def _ordering(values: Mapping[str, Tensor], original: Widths, scope: Scope, patt
     for names in rivals.values():
         width = sum(original[name] for name in names)
         sizes = [len(values[name]) for name in names]
-        ranks = torch.cat([values[name] for name in names]).argsort(stable=True).argsort()
+        # Sorted by their standing in their own group first, so that no group loses all of its units to a tie.
+        standing = torch.cat([_ranks(values[name]) / len(values[name]) for name in names]).argsort(stable=True)
+        order = standing[torch.cat([values[name] for name in names])[standing].argsort(stable=True)]
+        ranks = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
         # The middle of a unit's share of the original width makes equal fractions mean the same in wide and in narrow
         # groups, and in groups that have been cut before.
         share = (width - sum(sizes) + ranks.double() + 0.5) / width
@@ -253,6 +257,11 @@ def _ordering(values: Mapping[str, Tensor], original: Widths, scope: Scope, patt
     if not owners:
         return torch.empty(0, dtype=torch.int64)
     return torch.cat(owners)[torch.cat([shares[name] for name in values]).argsort(stable=True)]
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Place of each value in ascending order; of equal ones the first comes first."""
+    return values.argsort(stable=True).argsort().double()
 
 
 def _rivalry(name: str, scope: Scope, patterns: Mapping[str, Hashable]) -> Hashable:

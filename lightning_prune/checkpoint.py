@@ -28,7 +28,7 @@ KEY = "lightning_prune"
 """Where the record of pruning lies in a checkpoint."""
 VERSION = 1
 
-Module = TypeVar("Module", bound=LightningModule)
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def plain_settings(settings: Mapping[Setting, int], originals: Mapping[Setting, int]) -> list[list[Any]]:
@@ -83,6 +83,18 @@ def _strangers(model: nn.Module, state_dict: Mapping[str, Tensor], record: Mappi
         saved = state_dict.get(name)
         if saved is not None and saved.dim() != tensor.dim():
             yield f"{name} has {tensor.dim()} dimensions here and {saved.dim()} in the file"
+        elif saved is not None and "dims" in record and not _reshapes_itself(model):
+            sizes = enumerate(zip(tensor.shape, saved.shape, strict=True))
+            differ = {dim for dim, (here, there) in sizes if here != there}
+            if differ - set(record["dims"].get(name, ())):
+                yield f"{name} has shape {list(tensor.shape)} here and {list(saved.shape)} in the file, not by pruning"
+
+
+def _reshapes_itself(model: nn.Module) -> bool:
+    """Whether the module's class has a hook of its own that may make of a checkpoint what the module can load."""
+    return isinstance(model, LightningModule) and (
+        type(model).on_load_checkpoint is not LightningModule.on_load_checkpoint
+    )
 
 
 def resize_to(
@@ -224,7 +236,7 @@ def load_pruned(path: str | Path, model: type[Module] | Module, **kwargs: Any) -
     Args:
         path: The checkpoint file.
         model: The LightningModule class, built from the saved hyperparameters as ``load_from_checkpoint`` does, or an
-            instance of any width.
+            instance of any width; also of a plain module, for a file that has its names.
         **kwargs: For a class, whatever ``load_from_checkpoint`` takes: ``map_location``, ``strict``, ``weights_only``,
             other values for hyperparameters. For an instance the first three.
 
@@ -232,8 +244,8 @@ def load_pruned(path: str | Path, model: type[Module] | Module, **kwargs: Any) -
         The loaded module, of the very class that was given; a given instance is that instance.
 
     Raises:
-        ConfigurationError: If the file is damaged, was pruned from another network or by an incompatible version, or an
-            argument is not known. A given instance is then as it was.
+        ConfigurationError: If the file is damaged, was pruned from another network or by an incompatible version, an
+            argument is not known, or the class is none of a LightningModule. A given instance is then as it was.
 
     Example:
         >>> import lightning as L, tempfile, torch
@@ -249,7 +261,7 @@ def load_pruned(path: str | Path, model: type[Module] | Module, **kwargs: Any) -
         Linear(in_features=4, out_features=3, bias=True)
     """
     safely = kwargs.get("weights_only") is not False
-    if isinstance(model, LightningModule):
+    if isinstance(model, nn.Module):
         if unknown := kwargs.keys() - {"map_location", "strict", "weights_only"}:
             raise ConfigurationError(
                 f"{', '.join(sorted(unknown))} cannot be given when loading into an instance, which has its arguments "
@@ -257,7 +269,12 @@ def load_pruned(path: str | Path, model: type[Module] | Module, **kwargs: Any) -
             )
         checkpoint = _read(path, map_location=kwargs.get("map_location", "cpu"), weights_only=safely)
         strict = kwargs.get("strict")
-        return _load_into(model, checkpoint, model.strict_loading if strict is None else strict)
+        return _load_into(model, checkpoint, getattr(model, "strict_loading", True) if strict is None else strict)
+    if not (isinstance(model, type) and issubclass(model, LightningModule)):
+        raise ConfigurationError(
+            f"{model!r} is not a LightningModule class, which alone can be made from the hyperparameters in a file. "
+            f"Give an instance of it."
+        )
     # Read here for its record alone; mapped, so that a large file is not read twice.
     checkpoint = _read(path, map_location="cpu", weights_only=safely, mmap=True)
     if "pytorch-lightning_version" not in checkpoint:
@@ -290,15 +307,27 @@ def _read(path: str | Path, **how: Any) -> dict[str, Any]:
 
 def _load_into(model: Module, checkpoint: dict[str, Any], strict: bool) -> Module:
     record = checkpoint.get(KEY, {})
-    if is_overridden("configure_model", model):
+    if isinstance(model, LightningModule) and is_overridden("configure_model", model):
         model.configure_model()
     if not record:
         checkpoint["state_dict"] = _named_as_in(model, checkpoint["state_dict"])
     refuse_foreign(model, checkpoint["state_dict"], record)
+    _refuse_other_names(model, checkpoint["state_dict"])
     resize_to(model, checkpoint["state_dict"], record)
-    model.on_load_checkpoint(checkpoint)
+    if isinstance(model, LightningModule):
+        model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"], strict=strict)
     return model
+
+
+def _refuse_other_names(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse a file that has nothing in common with a plain module, as that of the module around it."""
+    if not isinstance(model, LightningModule) and state_dict and not state_dict.keys() & model.state_dict().keys():
+        raise ConfigurationError(
+            f"the file has none of the names of this {type(model).__name__}, but names such as "
+            f"{next(iter(state_dict))!r}. If it is the checkpoint of a LightningModule, load it into that, and take "
+            f"{type(model).__name__} out of it."
+        )
 
 
 def _named_as_in(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,9 @@ from typing import Literal
 from lightning_prune.choices import chosen, unknown_name
 from lightning_prune.errors import ConfigurationError
 
+_LEAST = 1e-6
+"""What stands for nothing at all where a share of what is to be removed is asked for."""
+
 Unit = Literal["epoch", "step", "fraction"]
 ScheduleName = Literal["one_shot", "linear", "cubic", "geometric", "cosine"]
 
@@ -118,8 +121,9 @@ class Schedule(ABC):
         fired = self._fired(position.along(self.unit))
         if fired == 0:
             return 0.0
-        if fired == self._count() or remove == 0:
+        if fired == self._count():
             return 1.0
+        remove = max(remove, _LEAST)
         return min(max(self.removed(fired / self._count(), remove) / remove, 0.0), 1.0)
 
     def check(self, total: Position) -> str | None:

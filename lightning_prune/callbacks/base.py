@@ -18,8 +18,15 @@ from typing_extensions import override
 
 from lightning_prune.budget import check_fraction
 from lightning_prune.callbacks.method import PruningMethod
+from lightning_prune.callbacks.monitors import Monitors, best_paths, forget_best, wait_anew
 from lightning_prune.callbacks.network import Network
-from lightning_prune.callbacks.outcome import log_final_metrics, log_metrics, make_report, save_outcome
+from lightning_prune.callbacks.outcome import (
+    log_final_metrics,
+    log_metrics,
+    make_report,
+    save_outcome,
+    warn_of_the_end,
+)
 from lightning_prune.callbacks.rewinding import rewind, taken_down
 from lightning_prune.callbacks.support import (
     check_schedule,
@@ -27,7 +34,6 @@ from lightning_prune.callbacks.support import (
     length_of,
     position_of,
     refuse_unsupported,
-    reset_early_stopping,
     say,
     shadows,
     steps_with_plain_gradients,
@@ -43,7 +49,6 @@ from lightning_prune.schedules import Position, Schedule, ScheduleName, schedule
 from lightning_prune.surgery.optimizer_state import leaves_zeros
 
 Shrink = Literal["rounds", "end", "never"]
-EarlyStoppingChoice = Literal["keep", "reset"]
 
 
 class PruningCallback(PruningMethod, Callback):
@@ -67,7 +72,7 @@ class PruningCallback(PruningMethod, Callback):
         seed: int,
         directory: str | None,
         inner: Sequence[str] | None = None,
-        early_stopping: EarlyStoppingChoice = "keep",
+        monitors: Monitors = "keep",
     ) -> None:
         """Check what can be checked without a network."""
         self.remove = check_fraction(remove)
@@ -81,15 +86,15 @@ class PruningCallback(PruningMethod, Callback):
         self.seed = seed
         self.directory = directory
         self.inner = inner
-        self.early_stopping = early_stopping
+        self.monitors = monitors
         self._schedule = schedule_from(schedule)
         self._reinit = reinit_from(reinit)
         if shrink not in ("rounds", "end", "never"):
             raise unknown_name("shrink", shrink, ["rounds", "end", "never"])
         if norms not in ("exact", "approximate"):
             raise unknown_name("norms", norms, ["exact", "approximate"])
-        if early_stopping not in ("keep", "reset"):
-            raise unknown_name("choice for early_stopping", early_stopping, ["keep", "reset"])
+        if monitors not in ("keep", "reset", "wait"):
+            raise unknown_name("choice for monitors", monitors, ["keep", "reset", "wait"])
         if recalibrate < 0:
             raise ConfigurationError(f"recalibrate is a number of batches, so at least 0, but is {recalibrate}.")
         self._record = {}
@@ -100,6 +105,7 @@ class PruningCallback(PruningMethod, Callback):
         self._about_to_step: Optimizer | None = None
         self._observing = self._works = False
         self._logged_epoch = -1
+        self._best_at_cut: dict[str, str] = {}
         self._report: PruneReport | None = None
 
     @property
@@ -111,8 +117,8 @@ class PruningCallback(PruningMethod, Callback):
         """
         if self._report is None:
             raise ConfigurationError(
-                "there is no report before the first fit with this callback has ended. After one in processes of its "
-                "own (ddp_spawn, ddp_fork) it is in report.json, beside the fit's checkpoints or in directory."
+                "there is no report until a fit with this callback has come to its end. If it was trained in processes "
+                "of its own (ddp_spawn, ddp_fork), it is in report.json, beside the fit's checkpoints or in directory."
             )
         return self._report
 
@@ -129,6 +135,7 @@ class PruningCallback(PruningMethod, Callback):
             )
         if stage == "fit":
             refuse_unsupported(trainer, self.shrink != "never")
+            self._report, self._best_at_cut = None, {}
         if self._module is None or self._module() is not pl_module:
             self._module = weakref.ref(pl_module)
             self._record.clear()
@@ -189,6 +196,11 @@ class PruningCallback(PruningMethod, Callback):
             self._network.refresh()
             self._network.mask_weights()
         self._round_if_due(trainer, position_of(trainer))
+        self._hold_back_monitors(trainer)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._hold_back_monitors(trainer)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -241,7 +253,9 @@ class PruningCallback(PruningMethod, Callback):
         request = Request(self.goal, self.of)
         self._report = make_report(self._record, network, request, self.notes(network) if self._works else [])
         say(trainer, self._report.table())
-        save_outcome(trainer, self._report, self.directory)
+        say(trainer, save_outcome(trainer, self._report, self.directory))
+        if self._works:
+            warn_of_the_end(trainer, self._record, self._best_at_cut)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -323,6 +337,7 @@ class PruningCallback(PruningMethod, Callback):
                 f"to. Train longer, have fewer rounds, or give rewind_to an earlier step."
             )
         network.refresh()
+        before = self._record["now"]["removed"]
         self.carry_out(network, level)
         self._reinitialise(network)
         if self.rewind_to is not None:
@@ -330,14 +345,21 @@ class PruningCallback(PruningMethod, Callback):
             network.hold_masks()
         if self.recalibrate:
             network.probe.reestimate_batch_norm(self.recalibrate)
-        if self.early_stopping == "reset":
-            reset_early_stopping(trainer)
+        if self.monitors == "reset" or (self.monitors == "wait" and level >= 1):
+            forget_best(trainer)
         self._record.update(level=level, target=level * self.remove)
         self._note(network)
         network.rewrap()
         removed = self._record["now"]["removed"]
         self._record["rounds"].append([trainer.current_epoch, trainer.global_step, removed])
-        say(trainer, f"pruned {removed:.1%} of the {self.of} so far (epoch {trainer.current_epoch})")
+        if removed != before:
+            self._best_at_cut = best_paths(trainer)
+            say(trainer, f"pruned {removed:.1%} of the {self.of} so far (epoch {trainer.current_epoch})")
+
+    def _hold_back_monitors(self, trainer: Trainer) -> None:
+        """Keep the fit from being stopped early before the last round, if that was asked for."""
+        if self.monitors == "wait" and self._works and self._record["level"] < 1:
+            wait_anew(trainer)
 
     def _take_down_if_due(self, trainer: Trainer, network: Network) -> None:
         """Remember the network, its optimizers and schedules at the step that is rewound to."""

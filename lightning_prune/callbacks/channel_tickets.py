@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Literal, Union
 
 from lightning_prune.budget import Scope as ChannelScope
-from lightning_prune.callbacks.base import EarlyStoppingChoice
 from lightning_prune.callbacks.channels import ChannelPruning, Measure
+from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.tickets import checked_step, equal_parts
 from lightning_prune.criteria import Criterion, CriterionName
 from lightning_prune.errors import ConfigurationError
@@ -34,7 +34,7 @@ class ChannelLotteryTicket(ChannelPruning):
         recalibrate: As for :class:`~lightning_prune.ChannelPruning`.
         seed: As for :class:`~lightning_prune.ChannelPruning`.
         directory: As for :class:`~lightning_prune.ChannelPruning`.
-        early_stopping: As for :class:`~lightning_prune.ChannelPruning`.
+        monitors: As for :class:`~lightning_prune.ChannelPruning`.
 
     Raises:
         ConfigurationError: If an argument is wrong, or the first round comes before the step that is rewound to.
@@ -61,7 +61,7 @@ class ChannelLotteryTicket(ChannelPruning):
         recalibrate: int = 0,
         seed: int = 0,
         directory: str | None = None,
-        early_stopping: EarlyStoppingChoice = "keep",
+        monitors: Monitors = "keep",
     ) -> None:
         if shrink not in ("end", "never"):
             raise ConfigurationError(
@@ -70,7 +70,7 @@ class ChannelLotteryTicket(ChannelPruning):
             )
         super().__init__(
             criterion, remove, of, equal_parts(rounds), scope, include, exclude, reinit=reinit, shrink=shrink,
-            verify=verify, recalibrate=recalibrate, seed=seed, directory=directory, early_stopping=early_stopping,
+            verify=verify, recalibrate=recalibrate, seed=seed, directory=directory, monitors=monitors,
         )  # fmt: skip
         self.rounds = rounds
         self.rewind_to = checked_step(rewind_to)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Literal, Union
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.budget import Limits, Scope, check_fraction, select
-from lightning_prune.callbacks.base import EarlyStoppingChoice, Shrink
+from lightning_prune.budget import Limits, Scope, check_fraction, reachable, select
+from lightning_prune.callbacks.base import Shrink
+from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.repair import RepairingRounds, RepairName, checked_repair
 from lightning_prune.choices import unknown_name
@@ -20,7 +23,7 @@ from lightning_prune.compiled import uncompiled_name
 from lightning_prune.criteria import Criterion, CriterionName, RunCriterion, criterion_from, normalise
 from lightning_prune.criteria.activations import RunningNetwork
 from lightning_prune.criteria.base import checked_score, mean_scores
-from lightning_prune.errors import ConfigurationError
+from lightning_prune.errors import ConfigurationError, PruneError
 from lightning_prune.graph.activations import watch
 from lightning_prune.graph.analysis import Norms
 from lightning_prune.graph.channels import ChannelGroup
@@ -45,7 +48,7 @@ class ChannelPruning(RepairingRounds):
             ``"apoz"`` (Hu et al., 2016), ``"hrank"`` (Lin et al., 2020), ``"chip"`` (Sui et al., 2021), ``"nisp"`` (Yu
             et al., 2018), ``"thinet"`` (Luo et al., 2017); or a
             :class:`~lightning_prune.Criterion`, such as an :class:`~lightning_prune.ActivationCriterion` of your own.
-        remove: Fraction to remove in all, in [0, 1).
+        remove: Fraction to remove in all, in [0, 1); what is reached is the nearest to it that whole channels allow.
         of: What it is a fraction of: ``"macs"``, ``"params"`` or ``"latency"`` (measured) of the whole network, or the
             ``"channels"`` of the groups that may be pruned.
         schedule: When rounds are due: ``"one_shot"``, ``"linear"``, ``"cubic"`` (Zhu & Gupta, 2017), ``"geometric"``,
@@ -54,7 +57,8 @@ class ChannelPruning(RepairingRounds):
             of groups of the same shape (``"isomorphic"``, Fang et al., 2024).
         include: Patterns of module names (as in ``fnmatch``) whose channels may go; default all.
         exclude: Patterns of module names whose channels stay.
-        ratios: Fraction of channels to remove for the groups that match a pattern; the others meet the budget.
+        ratios: Fraction of channels to remove for the groups that match a pattern; the others meet the budget. Where
+            there is one for each group, ``remove`` does not count.
         round_to: Widths become multiples of this.
         min_channels: Fewest channels of a group, as a number or as a share of its width in (0, 1).
         reinit: What becomes of the weights after each round: ``"keep"``, ``"random"`` (drawn anew), something of the
@@ -73,8 +77,9 @@ class ChannelPruning(RepairingRounds):
         seed: Seed of random criteria and reinitialisations.
         directory: Where the final checkpoint ``pruned.ckpt`` and the report are written; default: beside the
             checkpoints of the fit's ``ModelCheckpoint``, if it has one.
-        early_stopping: Whether an ``EarlyStopping`` in the fit goes on comparing after a round with what it saw before
-            (``"keep"``), or waits anew (``"reset"``).
+        monitors: What the fit's ``EarlyStopping`` and ``ModelCheckpoint`` callbacks that look for the best do about a
+            round: go on comparing with what they saw before (``"keep"``), forget it after each round (``"reset"``), or
+            after the last one, before which none stops the fit (``"wait"``). No file is deleted for that.
         repair: Whether the weights that read channels are refitted by least squares to those that stay, before the
             others go: not (``"none"``), with one factor for each channel that stays (``"scale"``, as ThiNet does, Luo
             et al., 2017), or such that they take over what they can tell of those that go (``"regression"``, in the
@@ -110,12 +115,12 @@ class ChannelPruning(RepairingRounds):
         recalibrate: int = 0,
         seed: int = 0,
         directory: str | None = None,
-        early_stopping: EarlyStoppingChoice = "keep",
+        monitors: Monitors = "keep",
         repair: RepairName = "none",
         repair_batches: int = 8,
     ) -> None:
         super().__init__(
-            remove, of, schedule, reinit, shrink, norms, verify, recalibrate, seed, directory, inner, early_stopping
+            remove, of, schedule, reinit, shrink, norms, verify, recalibrate, seed, directory, inner, monitors
         )
         if of not in ("channels", "params", "macs", "latency"):
             raise unknown_name("measure", of, ["channels", "params", "macs", "latency"])
@@ -155,6 +160,11 @@ class ChannelPruning(RepairingRounds):
                     f"{pattern!r} has a place in ratios, but include={self.include} and exclude={self.exclude} leave "
                     f"all of its channels whole. Take it out of the one or the other."
                 )
+        if self.of != "latency" and self._all_fixed(network, eligible):
+            fixed, widths = self._fixed_ratios(network.graph.groups), network.graph.widths
+            cost, original = self._cost(network), self._record["original"]
+            least = reachable(eligible, widths=widths, original=original, cost=cost, limits=self._limits, ratios=fixed)
+            self._record["goal"] = 1 - least / self._dense_cost()
         if self.of == "latency":  # measuring one for every step of a search is kept for the rounds
             network.cost_function("latency")(network.graph.widths)
         else:
@@ -162,6 +172,11 @@ class ChannelPruning(RepairingRounds):
             self._selection(network, even, 1.0)
         if isinstance(self._criterion, RunCriterion):  # what it cannot score it should not say in the middle of the fit
             self._scores_of_runs(network, self._criterion, batches=1)
+
+    @property
+    @override
+    def goal(self) -> float:
+        return float(self._record.get("goal", self.remove))
 
     @override
     def select(self, network: Network, level: float) -> dict[str, Tensor]:
@@ -171,9 +186,26 @@ class ChannelPruning(RepairingRounds):
             left = 1 - self._record["now"]["removed"]
             self._dense_latency = self._cost(network)(network.masks.widths) / left
         scores = self._scores(network)
+        unknown = self._without_gradients(scores)
         if self.scope == "global" and self._criterion.normalised:
             scores = {name: normalise(score, network.masks.keep[name]) for name, score in scores.items()}
-        return self._selection(network, scores, level)
+        known = {name: score for name, score in scores.items() if name not in unknown}
+        return self._selection(network, known, level)
+
+    def _without_gradients(self, scores: Mapping[str, Tensor]) -> list[str]:
+        """The groups that a criterion which looks at gradients can say nothing of, because none arrive there."""
+        if not self._criterion.batches or isinstance(self._criterion, RunCriterion):
+            return []
+        silent = [name for name, score in scores.items() if not bool(score.any())]
+        if silent:
+            remedy = (
+                f"{type(self._criterion).__name__} cannot score their channels. Exclude what runs under no_grad or is "
+                f"detached, or use a criterion that looks at weights only, such as 'l2'."
+            )
+            if len(silent) == len(scores):
+                raise PruneError(f"no gradient of the loss reaches any of {', '.join(silent)}, so {remedy}")
+            rank_zero_warn(f"{', '.join(silent)} stay as they are: no gradient of the loss reaches them, so {remedy}")
+        return silent
 
     @override
     def removed(self, network: Network) -> float:
@@ -210,7 +242,7 @@ class ChannelPruning(RepairingRounds):
             widths=network.graph.widths,
             original=self._record["original"],
             cost=self._cost(network),
-            allowed=self._dense_cost() * (1 - self.remove * level),
+            allowed=math.inf if self._all_fixed(network, scores) else self._dense_cost() * (1 - self.remove * level),
             scope=self.scope,
             limits=self._limits,
             patterns={name: group.pattern for name, group in groups.items()},
@@ -257,6 +289,10 @@ class ChannelPruning(RepairingRounds):
             for pattern, ratio in (self.ratios or {}).items()
             if _matches(group, [pattern])
         }
+
+    def _all_fixed(self, network: Network, names: Iterable[str]) -> bool:
+        """Whether each of these groups loses a fixed fraction, so that the budget has nothing to choose."""
+        return self._fixed_ratios(network.graph.groups).keys() >= set(names)
 
     def _check_patterns(self, network: Network) -> None:
         groups = network.graph.groups.values()

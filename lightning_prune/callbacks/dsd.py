@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from typing_extensions import override
 
-from lightning_prune.callbacks.base import EarlyStoppingChoice
+from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.weights import WeightPruning
 from lightning_prune.errors import ConfigurationError
@@ -27,7 +27,7 @@ class DSD(WeightPruning):
         include: As for :class:`~lightning_prune.WeightPruning`.
         exclude: As for :class:`~lightning_prune.WeightPruning`.
         directory: As for :class:`~lightning_prune.WeightPruning`.
-        early_stopping: As for :class:`~lightning_prune.WeightPruning`.
+        monitors: As for :class:`~lightning_prune.WeightPruning`.
 
     Raises:
         ConfigurationError: If an argument is wrong, or the fit has no end to take shares of.
@@ -48,7 +48,7 @@ class DSD(WeightPruning):
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         directory: str | None = None,
-        early_stopping: EarlyStoppingChoice = "keep",
+        monitors: Monitors = "keep",
     ) -> None:
         if not 0 <= start < end < 1:
             raise ConfigurationError(
@@ -56,7 +56,7 @@ class DSD(WeightPruning):
             )
         super().__init__(
             "magnitude", remove, OneShot(start), "layer", include, exclude, shrink="never", directory=directory,
-            early_stopping=early_stopping,
+            monitors=monitors,
         )  # fmt: skip
         self.start, self.end = start, end
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.callbacks.base import EarlyStoppingChoice
+from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.revivable import RevivablePruning, Tensors
 from lightning_prune.errors import ConfigurationError
@@ -31,7 +31,7 @@ class DynamicNetworkSurgery(RevivablePruning):
         schedule: When thresholds are set, as for :class:`~lightning_prune.WeightPruning`.
         scope: Which weights compete for the budget, as for :class:`~lightning_prune.WeightPruning`.
         gamma, power: After the t-th step the masks are updated with probability ``(1 + gamma * t) ** -power``.
-        include, exclude, floor, shrink, verify, seed, directory, early_stopping: As for
+        include, exclude, floor, shrink, verify, seed, directory, monitors: As for
             :class:`~lightning_prune.WeightPruning`.
 
     Raises:
@@ -50,11 +50,11 @@ class DynamicNetworkSurgery(RevivablePruning):
         gamma: float = 1e-4, power: float = 1.0, include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None, floor: Union[int, float] = 0.001,  # noqa: UP007
         shrink: Literal["end", "never"] = "end", verify: bool = True, seed: int = 0, directory: str | None = None,
-        early_stopping: EarlyStoppingChoice = "keep",
+        monitors: Monitors = "keep",
     ) -> None:  # fmt: skip
         super().__init__(
             "magnitude", remove, schedule, scope, include, exclude, floor, shrink=shrink, verify=verify, seed=seed,
-            directory=directory, early_stopping=early_stopping,
+            directory=directory, monitors=monitors,
         )  # fmt: skip
         if gamma < 0 or power < 0:
             raise ConfigurationError(f"gamma and power must be at least 0, but they are {gamma} and {power}.")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.callbacks.base import EarlyStoppingChoice, Shrink
+from lightning_prune.callbacks.base import Shrink
 from lightning_prune.callbacks.channels import ChannelPruning, Measure
+from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.network import Network
 from lightning_prune.criteria import Criterion, CriterionName
 from lightning_prune.errors import ConfigurationError
@@ -44,7 +45,7 @@ class EvolutionarySearch(ChannelPruning):
         at: Position of the search and the only round.
         unit: Of ``at``: ``"fraction"`` of the fit, ``"epoch"`` or ``"step"``.
         include, exclude, ratios, round_to, min_channels: As for :class:`~lightning_prune.ChannelPruning`.
-        reinit, shrink, verify, recalibrate, seed, directory, early_stopping: As for
+        reinit, shrink, verify, recalibrate, seed, directory, monitors: As for
             :class:`~lightning_prune.ChannelPruning`.
 
     Raises:
@@ -68,12 +69,12 @@ class EvolutionarySearch(ChannelPruning):
         ratios: Mapping[str, float] | None = None, round_to: int = 1,
         min_channels: Union[int, float] = 1, reinit: Union[ReinitName, Reinit] = "keep",  # noqa: UP007
         shrink: Shrink = "rounds", verify: bool = True, recalibrate: int = 0, seed: int = 0,
-        directory: str | None = None, early_stopping: EarlyStoppingChoice = "keep",
+        directory: str | None = None, monitors: Monitors = "keep",
     ) -> None:  # fmt: skip
         super().__init__(
             criterion, remove, of, OneShot(at, unit), "global", include, exclude, ratios, round_to, min_channels,
             reinit, shrink, verify=verify, recalibrate=recalibrate, seed=seed, directory=directory,
-            early_stopping=early_stopping,
+            monitors=monitors,
         )  # fmt: skip
         if batches < 1:
             raise ConfigurationError(f"batches to look at the loss of must be at least 1, but they are {batches}.")

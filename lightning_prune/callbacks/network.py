@@ -67,6 +67,7 @@ class Network:
         self._settings = settings_of(record)
         self._original_settings = original_settings_of(record)
         self._cut: set[str] = set(record.get("cut", ()))
+        self._dims: dict[str, set[int]] = {name: set(dims) for name, dims in record.get("dims", {}).items()}
         self.whole: dict[str, int] = dict(record.get("whole", {}))
         self.origin: dict[str, Tensor] = dict(record.get("origin", {}))
         self.weights = WeightMasks(record.get("weights", {}))
@@ -79,6 +80,8 @@ class Network:
         self.tensors = named_leaves(self.module)
         traced = trace_programs(self.module, self.probe.programs(), self._norms, self._inner)
         self.graph = keep_whole(traced, dict.fromkeys(self.whole, "could not be cut exactly when it came to it"))
+        for slot in (slot for group in self.graph.groups.values() for slot in group.slots):
+            self._dims.setdefault(slot.tensor, set()).add(slot.dim)
         self.masks = Masks(self.graph)
         self._cost = CostModel(self.graph, [name for name, _ in self.module.named_parameters()])
 
@@ -107,6 +110,7 @@ class Network:
             "origin": {name: value.clone() for name, value in self.origin.items()},
             "settings": plain_settings(self._settings, self._original_settings),
             "cut": sorted(self._cut),
+            "dims": {name: sorted(dims) for name, dims in self._dims.items()},
             "whole": dict(self.whole),
             "unsaved": {n: tensors[n].detach().cpu().clone() for n in self._cut if n not in saved and n in tensors},
         }

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_prune.callbacks.monitors import best_paths
 from lightning_prune.callbacks.network import Network
 from lightning_prune.report import GroupWidth, PruneReport, Request, Round, Totals
 
@@ -69,11 +71,40 @@ def _notes(record: Mapping[str, Any], network: Network) -> list[str]:
     return notes
 
 
-def save_outcome(trainer: Trainer, report: PruneReport, directory: str | None) -> None:
-    """Write the final checkpoint and the report, unless there is no place for them or this is only a trial run."""
+def save_outcome(trainer: Trainer, report: PruneReport, directory: str | None) -> str:
+    """Write the final checkpoint and the report, unless there is no place for them or this is only a trial run.
+
+    Returns:
+        What to say of it.
+    """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return "nothing was written, as this is a trial run"
     found = directory or getattr(trainer.checkpoint_callback, "dirpath", None)
-    if found is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return
+    if found is None:
+        return "nothing was written, as this fit has no folder of checkpoints: give the callback a directory"
     trainer.save_checkpoint(Path(found) / "pruned.ckpt", weights_only=False)
     if trainer.is_global_zero:
         report.save(found)
+    return f"written to {found}: pruned.ckpt (load it with load_pruned) and the report"
+
+
+def warn_of_the_end(trainer: Trainer, record: Mapping[str, Any], best_at_cut: Mapping[str, str]) -> None:
+    """Warn of a fit that ended before its last round, and of checkpoints of the best from before the last cut.
+
+    Args:
+        trainer: The trainer.
+        record: The record of the fit.
+        best_at_cut: What :func:`~lightning_prune.callbacks.monitors.best_paths` gave at the last cut.
+    """
+    if record["level"] < 1:
+        rank_zero_warn(
+            f"the fit ended before the last round of the schedule: {record['now']['removed']:.1%} was removed so far. "
+            f"Train longer, have the rounds earlier, or keep early stopping back with monitors='wait'."
+        )
+    for monitor, path in best_paths(trainer).items():
+        if path and path == best_at_cut.get(monitor):
+            rank_zero_warn(
+                f"the best checkpoint by {monitor} ({path}) is from before the last channels or weights went, so it "
+                f"holds a larger network than the fit has ended with. Load pruned.ckpt instead, or have the best "
+                f"chosen anew after each round (monitors='reset') or after the last one (monitors='wait')."
+            )

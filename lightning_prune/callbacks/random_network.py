@@ -202,6 +202,7 @@ class RandomNetwork(PruningCallback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
         self._show()
 
     @override

@@ -9,8 +9,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.budget import Scope
-from lightning_prune.callbacks.base import EarlyStoppingChoice, Shrink
+from lightning_prune.callbacks.base import Shrink
 from lightning_prune.callbacks.channels import Measure
+from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.phases import PhasedPruning
 from lightning_prune.criteria import Criterion, CriterionName
@@ -47,7 +48,7 @@ class RegularisedPruning(PhasedPruning):
         recalibrate: Batches to re-estimate batch-norm statistics on.
         seed: Seed of random criteria.
         directory: Where the checkpoint and the report are written.
-        early_stopping: What an ``EarlyStopping`` compares with after a round.
+        monitors: What ``EarlyStopping`` and ``ModelCheckpoint`` do about a round.
 
     Raises:
         ConfigurationError: If an argument is wrong, no group has what the penalty acts on, or it would never act.
@@ -81,11 +82,11 @@ class RegularisedPruning(PhasedPruning):
         recalibrate: int = 0,
         seed: int = 0,
         directory: str | None = None,
-        early_stopping: EarlyStoppingChoice = "keep",
+        monitors: Monitors = "keep",
     ) -> None:
         super().__init__(
             criterion, remove, of, schedule, scope, include, exclude, ratios, round_to, min_channels, "keep", shrink,
-            norms, inner, verify, recalibrate, seed, directory, early_stopping,
+            norms, inner, verify, recalibrate, seed, directory, monitors,
         )  # fmt: skip
         self.penalty, self.penalty_start = penalty, penalty_start
         self._penalty = penalty_from(penalty)

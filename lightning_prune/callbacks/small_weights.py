@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.buckets import SmallWeights
-from lightning_prune.callbacks.base import EarlyStoppingChoice
+from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.trial_masks import TrialMasks
 from lightning_prune.callbacks.weights import WeightPruning
@@ -42,7 +42,7 @@ class SmallWeightSearch(WeightPruning):
         batches: Number of batches to look at the loss of.
         sweeps: Exchanges to try afterwards.
         schedule: As for :class:`~lightning_prune.WeightPruning`; several rounds make a ladder of sparsities.
-        scope, include, exclude, floor, reinit, shrink, verify, recalibrate, seed, directory, early_stopping: As for
+        scope, include, exclude, floor, reinit, shrink, verify, recalibrate, seed, directory, monitors: As for
             :class:`~lightning_prune.WeightPruning`.
 
     Raises:
@@ -65,11 +65,11 @@ class SmallWeightSearch(WeightPruning):
         scope: Scope = "global", include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
         floor: Union[int, float] = 0.001, reinit: Union[ReinitName, Reinit] = "keep",  # noqa: UP007
         shrink: Literal["end", "never"] = "end", verify: bool = True, recalibrate: int = 0, seed: int = 0,
-        directory: str | None = None, early_stopping: EarlyStoppingChoice = "keep",
+        directory: str | None = None, monitors: Monitors = "keep",
     ) -> None:  # fmt: skip
         super().__init__(
             "magnitude", remove, schedule, scope, include, exclude, floor, None, reinit, shrink, verify, recalibrate,
-            seed, directory, early_stopping,
+            seed, directory, monitors,
         )  # fmt: skip
         if not 0 <= small_fraction <= 1:
             raise ConfigurationError(f"small_fraction must lie in [0, 1], but is {small_fraction}.")

@@ -8,8 +8,9 @@ from typing import Union
 from typing_extensions import override
 
 from lightning_prune.budget import Scope
-from lightning_prune.callbacks.base import EarlyStoppingChoice, Shrink
+from lightning_prune.callbacks.base import Shrink
 from lightning_prune.callbacks.channels import Measure
+from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.phases import PhasedPruning
 from lightning_prune.criteria import Criterion, CriterionName
@@ -43,7 +44,7 @@ class SoftFilterPruning(PhasedPruning):
         recalibrate: Batches to re-estimate batch-norm statistics on.
         seed: Seed of random criteria.
         directory: Where the checkpoint and the report are written.
-        early_stopping: What an ``EarlyStopping`` compares with after the round.
+        monitors: What ``EarlyStopping`` and ``ModelCheckpoint`` do about a round.
 
     Raises:
         ConfigurationError: If an argument is wrong, or the round comes before anything was zeroed.
@@ -75,12 +76,12 @@ class SoftFilterPruning(PhasedPruning):
         recalibrate: int = 0,
         seed: int = 0,
         directory: str | None = None,
-        early_stopping: EarlyStoppingChoice = "keep",
+        monitors: Monitors = "keep",
     ) -> None:
         super().__init__(
             criterion, remove, of, OneShot(at, unit), scope, include, exclude, ratios, round_to, min_channels,
             shrink=shrink, verify=verify, recalibrate=recalibrate, seed=seed, directory=directory,
-            early_stopping=early_stopping,
+            monitors=monitors,
         )  # fmt: skip
         if every < 1:
             raise ConfigurationError(f"every is a number of epochs, so at least 1, but is {every}.")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.callbacks.base import EarlyStoppingChoice
+from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.weights import WeightPruning
 from lightning_prune.errors import ConfigurationError
@@ -31,7 +31,7 @@ class SET(WeightPruning):
         fraction: Share of the kept weights of a tensor that an update drops; it falls to 0 along half a cosine.
         stop: Share of the fit at which it is 0 and updates end.
         scope: How many weights each tensor has, always, as for :class:`~lightning_prune.WeightPruning`.
-        include, exclude, floor, shrink, verify, seed, directory, early_stopping: As for
+        include, exclude, floor, shrink, verify, seed, directory, monitors: As for
             :class:`~lightning_prune.WeightPruning`.
 
     Raises:
@@ -49,11 +49,11 @@ class SET(WeightPruning):
         self, remove: float = 0.9, every: int = 100, fraction: float = 0.3, stop: float = 0.75, scope: Scope = "erk",
         include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
         floor: Union[int, float] = 0.001, shrink: Literal["end", "never"] = "end", verify: bool = True,  # noqa: UP007
-        seed: int = 0, directory: str | None = None, early_stopping: EarlyStoppingChoice = "keep",
+        seed: int = 0, directory: str | None = None, monitors: Monitors = "keep",
     ) -> None:  # fmt: skip
         super().__init__(
             "random", remove, OneShot(0, "step"), scope, include, exclude, floor, shrink=shrink, verify=verify,
-            seed=seed, directory=directory, early_stopping=early_stopping,
+            seed=seed, directory=directory, monitors=monitors,
         )  # fmt: skip
         if every < 1 or not 0 < fraction < 1 or not 0 < stop <= 1:
             raise ConfigurationError(

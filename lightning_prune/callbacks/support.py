@@ -8,7 +8,7 @@ from dataclasses import astuple
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -107,15 +107,6 @@ def rewrap(trainer: Trainer) -> None:
         strategy.model = strategy._setup_model(module)  # type: ignore[arg-type]
         strategy._register_ddp_hooks()
         strategy._pl_static_graph_delay_done = False
-
-
-def reset_early_stopping(trainer: Trainer) -> None:
-    """Let the callbacks that stop early wait anew: what they compared with was another network."""
-    for callback in trainer.early_stopping_callbacks:
-        if isinstance(callback, EarlyStopping):
-            callback.wait_count = 0
-            worst = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
-            callback.best_score = worst if callback.best_score is None else worst.to(callback.best_score.device)
 
 
 def steps_with_plain_gradients(trainer: Trainer, optimizer: Optimizer) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Union
 
-from lightning_prune.callbacks.base import EarlyStoppingChoice
+from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.weights import WeightPruning
 from lightning_prune.criteria.weights import WeightCriterion, WeightCriterionName
 from lightning_prune.errors import ConfigurationError
@@ -37,7 +37,7 @@ class LotteryTicket(WeightPruning):
         recalibrate: As for :class:`~lightning_prune.WeightPruning`.
         seed: As for :class:`~lightning_prune.WeightPruning`.
         directory: As for :class:`~lightning_prune.WeightPruning`.
-        early_stopping: As for :class:`~lightning_prune.WeightPruning`.
+        monitors: As for :class:`~lightning_prune.WeightPruning`.
 
     Raises:
         ConfigurationError: If an argument is wrong, or the first round comes before the step that is rewound to.
@@ -64,11 +64,11 @@ class LotteryTicket(WeightPruning):
         recalibrate: int = 0,
         seed: int = 0,
         directory: str | None = None,
-        early_stopping: EarlyStoppingChoice = "keep",
+        monitors: Monitors = "keep",
     ) -> None:
         super().__init__(
             criterion, remove, equal_parts(rounds), scope, include, exclude, floor, None, reinit, shrink, verify,
-            recalibrate, seed, directory, early_stopping,
+            recalibrate, seed, directory, monitors,
         )  # fmt: skip
         self.rounds = rounds
         self.rewind_to = checked_step(rewind_to)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_prune.callbacks.base import EarlyStoppingChoice, PruningCallback
+from lightning_prune.callbacks.base import PruningCallback
+from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.naming import check_names, chosen_names, maskable_names
 from lightning_prune.callbacks.network import Network
 from lightning_prune.choices import unknown_name
@@ -56,7 +57,7 @@ class WeightPruning(PruningCallback):
         seed: Seed of random criteria and reinitialisations.
         directory: Where the final checkpoint and the report are written, as for
             :class:`~lightning_prune.ChannelPruning`.
-        early_stopping: As for :class:`~lightning_prune.ChannelPruning`.
+        monitors: As for :class:`~lightning_prune.ChannelPruning`.
 
     Raises:
         ConfigurationError: If an argument is wrong, or can have no effect in this fit.
@@ -83,13 +84,13 @@ class WeightPruning(PruningCallback):
         recalibrate: int = 0,
         seed: int = 0,
         directory: str | None = None,
-        early_stopping: EarlyStoppingChoice = "keep",
+        monitors: Monitors = "keep",
     ) -> None:
         if shrink not in ("end", "never"):
             raise unknown_name("shrink", shrink, ["end", "never"])
         super().__init__(
             remove, "weights", schedule, reinit, shrink, "exact", verify, recalibrate, seed, directory, None,
-            early_stopping,
+            monitors,
         )  # fmt: skip
         if scope is not None and scope not in get_args(Scope):
             raise unknown_name("scope", scope, list(get_args(Scope)))

@@ -217,13 +217,22 @@ def test_groups_without_scores_are_left_alone_but_cost() -> None:
     assert kept(masks) == {"a": [0, 3]}
 
 
+def test_no_group_loses_all_of_its_units_to_a_tie() -> None:
+    size = {"a": 4, "b": 8}
+    even = {name: torch.zeros(width) for name, width in size.items()}
+    assert kept(select(even, widths=size, original=size, cost=channels, allowed=6)) == {"a": [2, 3], "b": [4, 5, 6, 7]}
+
+
 def brute_force(scores: dict[str, Tensor], allowed: float, limits: Limits) -> dict[str, list[int]]:
     """Global selection the slow way: try every number of lowest units, keep the nearest that is no worse."""
-    units = sorted((float(v), i, u) for i, s in enumerate(scores.values()) for u, v in enumerate(s))
+    places = [sorted(range(len(s)), key=lambda u, s=s: (float(s[u]), u)) for s in scores.values()]
+    units = sorted(
+        (float(s[u]), place / len(s), i, u) for i, s in enumerate(scores.values()) for place, u in enumerate(places[i])
+    )
     options = []
     for count in range(len(units) + 1):
         left = dict.fromkeys(scores, 0) | {name: len(score) for name, score in scores.items()}
-        for _, group, _ in units[:count]:
+        for _, _, group, _ in units[:count]:
             left[list(scores)[group]] -= 1
         options.append({n: limits.width(w, len(scores[n]), len(scores[n])) for n, w in left.items()})
     below = next(i for i, option in enumerate(options) if chain(option) <= allowed)

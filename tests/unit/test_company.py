@@ -442,7 +442,7 @@ class Waits(EarlyStopping):
 def test_early_stopping_waits_anew_after_a_round_if_told_to(mode, worst):
     def seen(choice):
         stop = Waits(patience=9, mode=mode)
-        used = trainer(halving(early_stopping=choice, schedule=OneShot(2, "epoch")), stop, epochs=4)
+        used = trainer(halving(monitors=choice, schedule=OneShot(2, "epoch")), stop, epochs=4)
         used.fit(small_net(), loader(), loader(2, seed=7))
         return stop.seen
 

@@ -108,7 +108,7 @@ def test_levels_agree_with_the_list_of_rounds_on_random_grids() -> None:
 
 
 def test_nothing_to_remove_divides_by_nothing() -> None:
-    assert Geometric(1, 3, 1, "epoch").level(at(1), remove=0.0) == 1.0
+    assert Geometric(1, 3, 1, "epoch").level(at(1), remove=0.0) == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,22 @@ def shortened(name: str, length: int) -> str:
     return f"{name[:head]}…{name[head + 1 - length :]}"
 
 
+def listed(names: Sequence[str], length: int) -> str:
+    """Names side by side; those for which there is no room are only counted, but for the first.
+
+    Example:
+        >>> listed(["conv1", "conv2", "conv3"], 30), listed(["conv1", "conv2", "conv3"], 18)
+        ('conv1, conv2, conv3', 'conv1 and 2 more')
+    """
+    if len(text := ", ".join(names)) <= length:
+        return text
+    for count in range(len(names) - 1, 0, -1):
+        if len(text := f"{', '.join(names[:count])} and {len(names) - count} more") <= length:
+            return text
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return shortened(names[0], length - len(more)) + more
+
+
 def wrapped(text: str) -> str:
     """One indented paragraph of a list, with a hanging indent where it is longer than a line."""
     return textwrap.fill(text, COLUMNS, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
 
-from lightning_prune.text import aligned, shortened, wrapped
+from lightning_prune.text import COLUMNS, aligned, listed, shortened, wrapped
 
 if TYPE_CHECKING:
     from lightning_prune.graph.analysis import Analysis
@@ -73,6 +73,12 @@ class ChannelGroup:
     def width(self) -> int:
         """Number of units (channels that can be removed one by one)."""
         return len(self.slots[0].index)
+
+    @property
+    def makers(self) -> tuple[str, ...]:
+        """The modules that make its channels, or the names of parameters that the network itself holds."""
+        paths = (slot.tensor.rpartition(".")[0] or slot.tensor for slot in self.with_role("producer"))
+        return tuple(dict.fromkeys(paths))
 
     def with_role(self, *roles: Role) -> tuple[Slot, ...]:
         """The slots that play one of the given roles."""
@@ -153,9 +159,15 @@ class ChannelGraph:
         return self.table()
 
     def table(self) -> str:
-        """The groups, and what stays whole, as plain text at most 100 columns wide."""
+        """The groups, who makes them, and what stays whole, as plain text at most 100 columns wide."""
         rows = [("channel group", "width", "tensors")]
         for name, group in self.groups.items():
-            rows.append((shortened(name, 60), str(group.width), str(len({slot.tensor for slot in group.slots}))))
+            rows.append((shortened(name, 44), str(group.width), str(len({slot.tensor for slot in group.slots}))))
+        header, *lines = aligned(rows)
+        others = [[path for path in group.makers if path != group.name] for group in self.groups.values()]
+        if any(others):
+            room = COLUMNS - len(header) - 2
+            header = f"{header}  also made by"
+            lines = [f"{line}  {listed(paths, room)}".rstrip() for line, paths in zip(lines, others, strict=True)]
         whole = [wrapped(f"{path}: {reason}") for path, reason in self.refused]
-        return "\n".join([*aligned(rows), *(["", "stays whole", *whole] if whole else [])])
+        return "\n".join([header, *lines, *(["", "stays whole", *whole] if whole else [])])

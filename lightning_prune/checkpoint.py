@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning import LightningModule
@@ -29,6 +30,24 @@ KEY = "lightning_prune"
 VERSION = 1
 
 Module = TypeVar("Module", bound=nn.Module)
+
+_LEFT_BEHIND: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+_LASTING = ("settings", "cut", "dims")
+
+
+def leave_behind(module: nn.Module, record: Mapping[str, Any]) -> None:
+    """Take down what later prunings of a module must know of those before, whichever callbacks do them.
+
+    Args:
+        module: The module.
+        record: A record, or as much of it as there is.
+    """
+    _LEFT_BEHIND[module] = {key: copy.deepcopy(record[key]) for key in _LASTING if key in record}
+
+
+def left_behind(module: nn.Module) -> Mapping[str, Any]:
+    """The part of a record that earlier prunings of a module have left; empty if there were none."""
+    return _LEFT_BEHIND.get(module, {})
 
 
 def plain_settings(settings: Mapping[Setting, int], originals: Mapping[Setting, int]) -> list[list[Any]]:
@@ -92,9 +111,8 @@ def _strangers(model: nn.Module, state_dict: Mapping[str, Tensor], record: Mappi
 
 def _reshapes_itself(model: nn.Module) -> bool:
     """Whether the module's class has a hook of its own that may make of a checkpoint what the module can load."""
-    return isinstance(model, LightningModule) and (
-        type(model).on_load_checkpoint is not LightningModule.on_load_checkpoint
-    )
+    hook = getattr(type(model), "on_load_checkpoint", None)
+    return getattr(hook, "preceded", hook) not in (None, LightningModule.on_load_checkpoint)
 
 
 def resize_to(
@@ -171,13 +189,15 @@ class OnLoad(_Hook):
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         """Resize, then do what the module itself does."""
-        found, undo = checkpoint.get(KEY, {}), original_settings_of(self.record)
-        if not found and not self.record:
+        found = checkpoint.get(KEY, {})
+        undo = {**original_settings_of(left_behind(self.module)), **original_settings_of(self.record)}
+        if not found and not self.record and not left_behind(self.module):
             return self.original(checkpoint)
         refuse_foreign(self.module, checkpoint["state_dict"], found)
         self._resize(checkpoint, found, undo)
         self.original(checkpoint)
         self._resize(checkpoint, found, undo)  # once more: the hook may have renamed what is to be loaded
+        leave_behind(self.module, found)
         self.record.clear()
         self.record.update(copy.deepcopy(found))
         return None
@@ -311,9 +331,10 @@ def _load_into(model: Module, checkpoint: dict[str, Any], strict: bool) -> Modul
         model.configure_model()
     if not record:
         checkpoint["state_dict"] = _named_as_in(model, checkpoint["state_dict"])
-    refuse_foreign(model, checkpoint["state_dict"], record)
     _refuse_other_names(model, checkpoint["state_dict"])
-    resize_to(model, checkpoint["state_dict"], record)
+    refuse_foreign(model, checkpoint["state_dict"], record)
+    resize_to(model, checkpoint["state_dict"], record, original_settings_of(left_behind(model)))
+    leave_behind(model, record)
     if isinstance(model, LightningModule):
         model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"], strict=strict)
@@ -343,6 +364,7 @@ def _resizing_load(kind: type[LightningModule], record: Mapping[str, Any]) -> It
     def fit(module: LightningModule, state_dict: Mapping[str, Tensor]) -> None:
         refuse_foreign(module, state_dict, record)
         resize_to(module, state_dict, record)
+        leave_behind(module, record)
 
     # The first, so that the user's own hook sees what will be loaded fit; the second for subclasses that override it.
     with (
@@ -361,6 +383,7 @@ def _preceded(kind: type[LightningModule], name: str, act: Callable[[LightningMo
         act(self, args[0] if args else next(iter(kwargs.values())))
         return original(self, *args, **kwargs)
 
+    method.preceded = original  # type: ignore[attr-defined]
     setattr(kind, name, method)
     try:
         yield

@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.support import nested_optimizers, rewrap, shadows
-from lightning_prune.checkpoint import original_settings_of, plain_settings, settings_of
+from lightning_prune.checkpoint import (
+    leave_behind,
+    left_behind,
+    original_settings_of,
+    plain_settings,
+    settings_of,
+)
 from lightning_prune.cost import CostModel, checkpoint_bytes
 from lightning_prune.errors import ShrinkError, TraceError
 from lightning_prune.graph.analysis import Norms
@@ -64,6 +70,7 @@ class Network:
         self._trainer = trainer
         self.module = module
         self.probe = probe
+        record = record or left_behind(module)
         self._settings = settings_of(record)
         self._original_settings = original_settings_of(record)
         self._cut: set[str] = set(record.get("cut", ()))
@@ -108,11 +115,17 @@ class Network:
             "masks": {name: mask.clone() for name, mask in self.masks.keep.items()},
             "weights": self.weights.state_dict(),
             "origin": {name: value.clone() for name, value in self.origin.items()},
+            **self._lasting(),
+            "whole": dict(self.whole),
+            "unsaved": {n: tensors[n].detach().cpu().clone() for n in self._cut if n not in saved and n in tensors},
+        }
+
+    def _lasting(self) -> dict[str, Any]:
+        """What checkpoints of later fits must hold as well, whichever callbacks are in them."""
+        return {
             "settings": plain_settings(self._settings, self._original_settings),
             "cut": sorted(self._cut),
             "dims": {name: sorted(dims) for name, dims in self._dims.items()},
-            "whole": dict(self.whole),
-            "unsaved": {n: tensors[n].detach().cpu().clone() for n in self._cut if n not in saved and n in tensors},
         }
 
     def widths(self) -> dict[str, int]:
@@ -270,6 +283,7 @@ class Network:
         self._settings.update(settings)
         self._original_settings = {**{s: before[s] for s in settings}, **self._original_settings}
         self._cut.update(cut)
+        leave_behind(self.module, self._lasting())
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()
         self._trace()

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_prune.graph.dry_run import READS_OUTSIDE, NumbersNeededError
 from lightning_prune.graph.observation import is_observed
@@ -26,6 +28,15 @@ class MakesUp(Protocol):
 
 
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+_FUSED_ON_ACCELERATORS = _RECURRENT | {
+    "lstm_cell",
+    "gru_cell",
+    "rnn_tanh_cell",
+    "rnn_relu_cell",
+    "rms_norm",
+    "grid_sampler",
+}
+"""Functions that are one kernel on an accelerator, each with a name of its own, and several known operators here."""
 
 
 class _OneWay(TorchFunctionMode):
@@ -36,7 +47,7 @@ class _OneWay(TorchFunctionMode):
         self._tracer = tracer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace what goes several ways; run recurrent layers without their fused kernel."""
+        """Replace what goes several ways; run what has a fused kernel without it."""
         kwargs = kwargs or {}
         if func in _REPLACED and is_observed():
             return _REPLACED[func](*args, **kwargs)
@@ -45,10 +56,19 @@ class _OneWay(TorchFunctionMode):
         name = getattr(func, "__name__", None)
         if name in READS_OUTSIDE and is_observed() and self._tracer.is_made_up(args[0]):
             raise NumbersNeededError
-        if name in _RECURRENT:
-            with torch.backends.mkldnn.flags(enabled=False):
-                return func(*args, **kwargs)
+        if name in _FUSED_ON_ACCELERATORS and is_observed():
+            return _on_the_cpu(func, args, kwargs)
         return func(*args, **kwargs)
+
+
+def _on_the_cpu(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """What a function gives on the CPU without a fused kernel, back on the device that its tensors are on."""
+    devices = {leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+    with torch.backends.mkldnn.flags(enabled=False):
+        if devices <= {torch.device("cpu")} or len(devices) > 1:
+            return func(*args, **kwargs)
+        moved, named = tree_map_only(Tensor, Tensor.cpu, (args, kwargs))
+        return tree_map_only(Tensor, lambda tensor: tensor.to(*devices), func(*moved, **named))
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -140,6 +160,17 @@ def _spelled_out(equation: str, ndims: Sequence[int]) -> list[str]:
 
 
 @contextmanager
+def _unsynchronised() -> Iterator[None]:
+    """Have batch-norms that would ask other processes for their statistics take those of this one."""
+    own = nn.SyncBatchNorm.forward
+    nn.SyncBatchNorm.forward = _BatchNorm.forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.SyncBatchNorm.forward = own  # type: ignore[method-assign]
+
+
+@contextmanager
 def decomposed(tracer: MakesUp) -> Iterator[None]:
     """Switch off the fused kernels that hide from a tracer which operators they stand for."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -147,7 +178,7 @@ def decomposed(tracer: MakesUp) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
-            with _OneWay(tracer), sdpa_kernel(SDPBackend.MATH):
+            with _OneWay(tracer), sdpa_kernel(SDPBackend.MATH), _unsynchronised():
                 yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

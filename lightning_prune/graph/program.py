@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_prune.errors import ConfigurationError
-from lightning_prune.graph.observation import bookkeeping
+from lightning_prune.graph.observation import bookkeeping, unobserved
 from lightning_prune.graph.support import ParametersKept, check_inputs, check_result, hinted, same_structure
 
 MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
@@ -109,7 +109,7 @@ def preserved(model: nn.Module, training: bool | None) -> Iterator[None]:
     held = [*parameters, *(buffer for buffer, _ in buffers)]
     devices = sorted({tensor.device.index or 0 for tensor in held if tensor.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), _other_accelerators():
             with bookkeeping():
                 for parameter, gradient in gradients:
                     if gradient is not None:
@@ -121,13 +121,33 @@ def preserved(model: nn.Module, training: bool | None) -> Iterator[None]:
         for module, named in registered:
             module._buffers.clear()
             module._buffers.update(named)
-        with bookkeeping(), torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        with bookkeeping():
             for parameter, gradient in gradients:
                 parameter.grad = gradient
+            for buffer, value in buffers:
+                _put_back(buffer, value)
         for module, mode in modes:
             module.training = mode
+
+
+def _put_back(buffer: Tensor, value: Tensor) -> None:
+    """Give a buffer its content back, even one that was made in a validation, in inference mode."""
+    if torch._debug_has_internal_overlap(buffer) == 1:  # an expanded one, which nothing can have written to
+        return
+    with torch.inference_mode() if buffer.is_inference() else torch.no_grad():
+        buffer.copy_(value)
+
+
+@contextmanager
+def _other_accelerators() -> Iterator[None]:
+    """Put the random state of those accelerators back that ``fork_rng`` does not know without being told."""
+    available = [(torch.mps, torch.backends.mps.is_available()), (torch.xpu, torch.xpu.is_available())]
+    states = [(device, device.get_rng_state()) for device, usable in available if usable]
+    try:
+        yield
+    finally:
+        for device, state in states:
+            device.set_rng_state(state)
 
 
 def _own(modules: Iterable[nn.Module], registry: str) -> Iterator[Tensor]:
@@ -274,10 +294,10 @@ def module_programs(
 
 def _example_programs(model: nn.Module, example: Example, name: str, seed: int) -> list[Program]:
     """Programs for one example, in evaluation and in train mode; with a seed unless it is 0."""
-    arguments, keywords = _arguments(example.inputs)
+    given, named = _arguments(example.inputs)
     if not callable(getattr(model, example.method, None)):
         raise ConfigurationError(f"{type(model).__name__} has no method '{example.method}' to run it by")
-    tensors = [tensor for tensor in tree_leaves((arguments, keywords)) if isinstance(tensor, Tensor)]
+    tensors = [tensor for tensor in tree_leaves((given, named)) if isinstance(tensor, Tensor)]
     check_inputs(model, name, tensors)
 
     def program(training: bool) -> Program:
@@ -286,6 +306,8 @@ def _example_programs(model: nn.Module, example: Example, name: str, seed: int) 
 
         def run() -> Any:
             method = model if example.method == "forward" else getattr(model, example.method)
+            arguments, keywords = _copied((given, named))
+            torch.clear_autocast_cache()  # of a surrounding autocast, whose weights may be those of an earlier run
             with attributes_kept(model), preserved(model, training), parameters_kept(), torch.no_grad():
                 if seed:
                     _seed(seed)
@@ -294,9 +316,24 @@ def _example_programs(model: nn.Module, example: Example, name: str, seed: int) 
             check_result(model, spoken, result, tensors_in(result))
             return result
 
-        return Program(spoken, run, training, count_samples((arguments, keywords)))
+        return Program(spoken, run, training, count_samples((given, named)))
 
     return [program(training) for training in (False, True)]
+
+
+def _copied(inputs: Any) -> Any:
+    """Inputs with tensors of their own, so that a network which writes into them sees the same in each run."""
+    copies: dict[int, Tensor] = {}
+
+    def copy(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in copies:
+            copies[id(leaf)] = leaf.detach().clone().requires_grad_(leaf.requires_grad)
+        return copies[id(leaf)]
+
+    with unobserved():
+        return tree_map(copy, inputs)
 
 
 def _arguments(inputs: Inputs) -> tuple[Sequence[Any], Mapping[str, Any]]:

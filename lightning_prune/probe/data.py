@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from lightning_prune.errors import TraceError
 from lightning_prune.graph.observation import unobserved
+
+_ALL_SAMPLES = (SequentialSampler, RandomSampler, DistributedSampler)
+"""Samplers that leave nothing out, in whatever order; exact classes, as one that is derived may."""
 
 
 class NoBatchError(TraceError):
@@ -43,7 +49,7 @@ def fresh_batches(trainer: Trainer, pl_module: LightningModule, count: int, seed
     """
     loaders, mode = _training_loaders(trainer, pl_module)
     combined = CombinedLoader(loaders, mode)
-    combined.flattened = [_rebuilt(loader, seed) for loader in combined.flattened]
+    combined.flattened = [_rebuilt(loader, count, seed) for loader in combined.flattened]
     for batch, _, _ in islice(combined, count):
         converted = trainer.precision_plugin.convert_input(batch)
         prepared = pl_module._on_before_batch_transfer(converted, dataloader_idx=0)
@@ -65,22 +71,36 @@ def _training_loaders(trainer: Trainer, pl_module: LightningModule) -> tuple[Any
     return loaders, mode or "max_size_cycle"
 
 
-def _rebuilt(loader: Any, seed: int) -> DataLoader[Any]:
+def _rebuilt(loader: Any, count: int, seed: int) -> DataLoader[Any]:
     if not isinstance(loader, DataLoader):
         raise NoBatchError(f"the training loader is a {type(loader).__name__}, and reading it would move its position")
     if isinstance(loader.dataset, IterableDataset):
         raise NoBatchError(
             f"the training data {type(loader.dataset).__name__} is iterable, and reading it would move its position"
         )
+    shared = {id(loader.dataset): loader.dataset}
     if loader.batch_size is None and loader.batch_sampler is not None:
         # A batch sampler of the user's own knows which samples may meet; its copy shares the data.
-        sampler = deepcopy(loader.batch_sampler, {id(loader.dataset): loader.dataset})
+        sampler = deepcopy(loader.batch_sampler, shared)
         return DataLoader(loader.dataset, batch_sampler=sampler, collate_fn=loader.collate_fn)
+    every = type(loader.sampler) in _ALL_SAMPLES
     return DataLoader(
         loader.dataset,
         batch_size=loader.batch_size,
-        shuffle=True,
+        shuffle=every,
+        sampler=None if every else _drawn(deepcopy(loader.sampler, shared), count * (loader.batch_size or 1), seed),
         generator=torch.Generator().manual_seed(seed),
         drop_last=loader.drop_last,
         collate_fn=loader.collate_fn,
     )
+
+
+def _drawn(sampler: Iterable[Any], count: int, seed: int) -> list[Any]:
+    """The first samples of a sampler of the user's own, which knows which there are: often not those held out."""
+    with unobserved(), isolate_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        if hasattr(sampler, "generator"):
+            sampler.generator = torch.Generator().manual_seed(seed)
+        return list(islice(sampler, count))

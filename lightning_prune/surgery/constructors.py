@@ -66,9 +66,10 @@ class Descriptions:
         for setting, ratio in known.items():
             ratios[setting.module][setting.attribute, setting.element] = ratio
         result: dict[Setting, int] = {}
+        # Parametrizations may make tensors of their own, which must meet those of the module.
+        present = [_own_shapes(module) for _, module, *_ in self._modules]
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            for path, module, kind, arguments, old in self._modules:
-                now = _own_shapes(module)
+            for (path, _, kind, arguments, old), now in zip(self._modules, present, strict=True):
                 if old == now:
                     continue
                 laws = _known_laws(kind, arguments, old)
@@ -242,7 +243,7 @@ def _solve(laws: Laws, old: Shapes, new: Shapes, known: Mapping[Argument, Fracti
         progress = False
         for (name, dim), law in laws.items():
             unknown = [argument for argument in law if argument not in ratios]
-            if len(unknown) != 1:
+            if len(unknown) != 1 or name not in new:
                 continue
             ratio = Fraction(new[name][dim], old[name][dim])
             for argument, exponent in law.items():

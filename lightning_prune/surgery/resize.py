@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils._pytree import tree_leaves
 
@@ -69,7 +69,7 @@ def replace(tensor: Tensor, value: Tensor, gradient: Tensor | None = None) -> No
     ``set_`` rather than ``.data =``: it also resets the cached gradient accumulator, which remembers the old size.
     """
     tensor.grad = None
-    with torch.no_grad():
+    with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
         tensor.set_(value)  # type: ignore[call-overload]
     if gradient is not None:
         tensor.grad = gradient
@@ -162,6 +162,8 @@ def _fits(value: Any, shape: tuple[int, ...]) -> bool:
         return not any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
     if not isinstance(value, Tensor) or value.numel() <= 1:
         return True
+    if type(value) not in (Tensor, nn.Parameter):  # compressed in a manner of its own
+        return False
     return value.dim() == len(shape) and all(n in (1, full) for n, full in zip(value.shape, shape, strict=True))
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -66,6 +66,28 @@ def _selections_only(run: Run, selections: Selections) -> AbstractContextManager
     return SelectionsMode(selections) if run.selects else nullcontext()
 
 
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Have a GPU multiply single-precision numbers as such, not by TensorFloat-32.
+
+    Its error is above what is allowed here, and differs among kernels, which are chosen by the sizes.
+    """
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    exact: Any
+    if hasattr(cudnn, "conv"):  # torch 2.9 or later, where the old names may fail
+        places, name, exact = [cudnn.conv, cudnn.rnn, products], "fp32_precision", "ieee"
+    else:
+        places, name, exact = [cudnn, products], "allow_tf32", False
+    before = [getattr(place, name) for place in places]
+    try:
+        for place in places:
+            setattr(place, name, exact)
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            setattr(place, name, value)
+
+
 def outputs(
     analysis: Analysis, like: Observed | None = None, surroundings: Surroundings = _selections_only
 ) -> Observed:
@@ -89,7 +111,7 @@ def outputs(
         tape = None if like is None else like.selections[len(tapes)]
         selections = Selections(tape, numbers=False)
         try:
-            with surroundings(run, selections):
+            with _full_precision(), surroundings(run, selections):
                 result = run.program.run()
         except Exception as error:
             raise ShrinkError(f"{run.program.name} failed ({type(error).__name__}: {error})") from error
@@ -176,8 +198,8 @@ def tolerant(analysis: Analysis, keep: Mapping[str, Tensor], scales: Scales, exp
 
 
 def _reals(tensor: Tensor) -> Tensor:
-    """The numbers in a tensor, complex ones as pairs of real ones."""
-    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).double()
+    """The numbers in a tensor, complex ones as pairs of real ones; on the CPU, as not all devices know doubles."""
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).cpu().double()
 
 
 def _difference(expected: Tensor, found: Tensor) -> float:

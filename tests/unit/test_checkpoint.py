@@ -10,7 +10,7 @@ from lightning import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_prune import ConfigurationError, Linear, load_pruned
+from lightning_prune import ConfigurationError, Linear, WeightPruning, load_pruned
 from lightning_prune.checkpoint import KEY, unwrap_hooks, wrap_hooks
 from tests.fits import SmallNet, equal, fit, images, loader, pruning, small_net, surface, trainer, widths
 from tests.helpers import disagreeing_attributes, run
@@ -151,6 +151,72 @@ def test_a_tensor_of_another_kind_is_refused(pruned):
 
     with pytest.raises(ConfigurationError, match=r"net\.0\.weight has 3 dimensions here and 4 in the file"):
         load_pruned(pruned[1], Flat())
+
+
+@pytest.mark.parametrize("as_class", [True, False])
+def test_a_module_made_with_other_arguments_is_refused(pruned, as_class):
+    """The number of classes is no width of a channel group, so pruning cannot have changed it."""
+
+    class TenClasses(Named):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.net[9] = nn.Linear(self.net[9].in_features, 10)
+
+    instance = TenClasses()
+    before = copy.deepcopy(instance.state_dict())
+    with pytest.raises(ConfigurationError, match=r"net\.9\.weight has shape \[10, 24\] here and \[3, 12\] in the file"):
+        load_pruned(pruned[1], TenClasses if as_class else instance)
+    assert equal(instance.state_dict(), before)
+
+
+def test_a_hook_of_the_modules_own_may_bring_a_file_into_shape(pruned):
+    class TakesTheFirst(Named):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.net[9] = nn.Linear(self.net[9].in_features, 2)
+
+        def on_load_checkpoint(self, checkpoint):
+            for name in ("net.9.weight", "net.9.bias"):
+                checkpoint["state_dict"][name] = checkpoint["state_dict"][name][:2]
+
+    assert load_pruned(pruned[1], TakesTheFirst).net[9].weight.shape == (2, 12)
+
+
+def test_a_plain_module_takes_a_plain_state(tmp_path, pruned):
+    torch.save(pruned[0].net.state_dict(), tmp_path / "plain.pt")
+    plain = Named().net
+    assert load_pruned(tmp_path / "plain.pt", plain) is plain
+    assert equal(plain.state_dict(), pruned[0].net.state_dict())
+    with pytest.raises(ConfigurationError, match=r"none of the names of this Sequential, but names such as 'net\.0"):
+        load_pruned(pruned[1], Named().net)
+    with pytest.raises(ConfigurationError, match="is not a LightningModule class"):
+        load_pruned(tmp_path / "plain.pt", nn.Sequential)
+
+
+@pytest.mark.parametrize("loads", [False, True])
+def test_what_another_callback_prunes_afterwards_can_be_loaded(pruned, tmp_path, loads):
+    """The depthwise convolution was given fewer groups by a callback that the second fit knows nothing of."""
+    module = Named(label="trained")
+    if loads:
+        load_pruned(pruned[1], module)
+    else:
+        fit(pruning(scope="group"), module=module, epochs=2)
+    fit(WeightPruning(remove=0.3, directory=str(tmp_path)), module=module, epochs=1)
+    for again in (load_pruned(tmp_path / "pruned.ckpt", Named), load_pruned(tmp_path / "pruned.ckpt", Named())):
+        assert disagreeing_attributes(again) == []
+        assert equal(run(again, SAMPLES), run(module, SAMPLES))
+
+
+def test_a_pruned_module_takes_a_file_from_before_with_another_callback(tmp_path):
+    module = Named()
+    dense = trainer()
+    dense.fit(module, loader())
+    dense.save_checkpoint(tmp_path / "dense.ckpt")
+    expected = run(module, SAMPLES)
+    fit(pruning(scope="group"), module=module, epochs=2)
+    trainer(WeightPruning(remove=0.3)).validate(module, loader(1), ckpt_path=tmp_path / "dense.ckpt", verbose=False)
+    assert disagreeing_attributes(module) == []
+    assert equal(run(module, SAMPLES), expected)
 
 
 def test_a_file_without_a_record_is_fitted_by_its_shapes(tmp_path):

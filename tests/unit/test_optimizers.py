@@ -408,3 +408,34 @@ def test_square_state_is_not_taken_for_a_momentum(shrink):
 def test_an_optimizer_inside_another_one_is_cut_along():
     module, _ = fit(pruning(scope="group"), Liveness(), module=Square(Lookahead))
     assert module.net[3].out_features == 8
+
+
+class Compressed(torch.Tensor):
+    """State in a form of its own, as that of optimizers in eight bits is; it cannot be read along an axis."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.index_select:
+            raise NotImplementedError(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class EightBits(torch.optim.SGD):
+    """Keeps its momentum in such a form."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.05)
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter).as_subclass(Compressed)
+        return loss
+
+
+def test_state_in_a_form_of_its_own_starts_afresh():
+    module = Square(EightBits)
+    with pytest.warns(UserWarning, match=r"EightBits keeps state for net\.3\.weight in a form that cannot be cut"):
+        fit(pruning(remove=0.25, scope="group", include=["net.3"]), module=module)
+    assert module.net[3].weight.shape == (12, 16)

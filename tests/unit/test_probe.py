@@ -15,7 +15,14 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassPrecision
 
@@ -673,6 +680,24 @@ def test_combined_loader_and_batch_sampler_of_the_user_are_kept():
     batches = in_fit(Echo(), combined, lambda probe, *_: (probe.batches(10), sampler.sampler.generator.get_state()))
     assert torch.equal(batches[1], position)
     assert [len(batch["after"][0]) for batch in batches[0]] == [3, 1]
+
+
+@pytest.mark.parametrize("own_generator", [True, False])
+def test_samples_that_a_sampler_leaves_out_are_not_seen(own_generator):
+    generator = torch.Generator().manual_seed(3) if own_generator else None
+    sampler = SubsetRandomSampler([1, 4, 5, 7], generator=generator)
+    loader = DataLoader(range(8), batch_size=2, sampler=sampler)
+
+    def look(probe, *_):
+        before = sampler.generator and sampler.generator.get_state()
+        batches = [batch["after"].tolist() for batch in probe.batches(10)]
+        assert sampler.generator is generator
+        assert generator is None or torch.equal(generator.get_state(), before)
+        return batches
+
+    first, again = (in_fit(Echo(), loader, look) for _ in range(2))
+    assert sorted(number for batch in first for number in batch) == [1, 4, 5, 7]
+    assert first == again
 
 
 def test_data_of_a_datamodule_and_its_transfer_hook():

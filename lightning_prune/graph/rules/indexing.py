@@ -89,7 +89,8 @@ def write(call: Call) -> list[Planes]:
     _freeze(call, indices, "steers what is written")
     planes = settle(call.space, call.planes(target), _indexed_dims(indices), _WRITTEN)
     whole = torch.zeros(1, dtype=torch.bool).expand(target.shape)
-    place = Labelled(tuple(torch.ops.aten.index.Tensor(whole, indices).shape), _picked(planes, indices))
+    on_cpu = [None if positions is None else positions.cpu() for positions in indices]
+    place = Labelled(tuple(torch.ops.aten.index.Tensor(whole, on_cpu).shape), _picked(planes, indices))
     written = Labelled(tuple(values.shape), call.planes(values))
     merged = merge(call.space, (place, written), lambda zeros: zeros == {0, 1})
     zero = bool(merged) and all(plane.zero for plane in merged)

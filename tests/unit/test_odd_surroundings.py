@@ -1,0 +1,114 @@
+"""Networks met in the middle of something: in inference mode, with inputs that are written to, under autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from lightning_prune import shrink, trace
+from tests.helpers import Net, random_keep
+
+
+def layers(*middle):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), *middle, nn.ReLU(), nn.Linear(8, 3))
+
+
+def cut(model, *inputs):
+    """The widths of the groups that are found and half removed."""
+    graph = trace(model, inputs)
+    shrink(model, graph, random_keep(graph))
+    return list(graph.widths.values())
+
+
+class Shifted(nn.Module):
+    """Adds a buffer, or a tensor that is not registered."""
+
+    def __init__(self, make, register=True):
+        super().__init__()
+        if register:
+            self.register_buffer("shift", make())
+        else:
+            self.shift = make()
+
+    def forward(self, x):
+        return x + self.shift
+
+
+@torch.inference_mode()
+def in_a_validation():
+    return torch.arange(8.0)
+
+
+@pytest.mark.parametrize("register", [True, False])
+def test_a_tensor_made_in_inference_mode_is_cut_along(register):
+    model = layers(Shifted(in_a_validation, register))
+    model[0].weight.grad = torch.ones(8, 4)
+    assert cut(model, torch.randn(2, 4)) == [8]
+    assert model[1].shift.shape == (4,)
+    assert torch.equal(model[0].weight.grad, torch.ones(4, 4))
+
+
+def test_an_expanded_buffer_is_no_obstacle():
+    model = layers(Shifted(lambda: torch.zeros(1).expand(8)))
+    trace(model, torch.randn(2, 4))
+    assert model[1].shift.stride() == (0,)
+
+
+def test_inputs_that_the_network_writes_to_stay_as_they_are():
+    model = Net(lambda net, x: net.inner(x.div_(2)), inner=layers())
+    x = torch.randn(2, 4)
+    before = x.clone()
+    assert cut(model, x) == [8]
+    assert torch.equal(x, before)
+
+
+def test_the_same_tensor_given_twice_is_the_same_in_each_run():
+    model = Net(lambda net, x, y: net.inner(x if x is y else x[:, :0]), inner=layers())
+    x = torch.randn(2, 4)
+    assert cut(model, x, x) == [8]
+
+
+def test_a_trace_under_autocast_finds_what_there_is():
+    with torch.autocast("cpu", torch.bfloat16):
+        model = layers()
+        for _ in range(2):
+            assert list(trace(model, torch.randn(2, 4)).widths.values()) == [8]
+
+
+def test_a_parametrization_may_make_tensors_of_its_own():
+    class Halved(nn.Module):
+        def forward(self, weight):
+            return weight * torch.full((weight.shape[1],), 0.5)
+
+    model = layers()
+    parametrize.register_parametrization(model[2], "weight", Halved())
+    assert cut(model, torch.randn(2, 4)) == [8]
+    assert model[2].weight.shape == (3, 4)
+
+
+def test_batch_norms_that_would_ask_other_processes_are_followed():
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SyncBatchNorm(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(ValueError, match="SyncBatchNorm expected"):
+            model(torch.randn(2, 3, 4, 4))
+        assert cut(model, torch.randn(2, 3, 4, 4)) == [8]
+    finally:
+        torch.distributed.destroy_process_group()
+    assert nn.SyncBatchNorm.forward is not nn.BatchNorm2d.forward
+
+
+def test_how_precisely_products_are_computed_is_as_before_afterwards():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        cut(layers(), torch.randn(2, 4))
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -89,15 +89,28 @@ def test_a_parametrization_may_make_tensors_of_its_own():
     assert model[2].weight.shape == (3, 4)
 
 
+def test_a_parametrization_that_takes_one_width_alone_keeps_it():
+    class Particular(nn.Module):
+        def forward(self, weight):
+            if weight.shape[1] != 8:
+                raise ValueError("eight, please")
+            return weight
+
+    model = layers()
+    parametrize.register_parametrization(model[2], "weight", Particular())
+    assert list(trace(model, torch.randn(2, 4)).widths) == []
+
+
 def test_batch_norms_that_would_ask_other_processes_are_followed():
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SyncBatchNorm(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SyncBatchNorm(8), nn.ReLU(), nn.Conv2d(8, 2, 2))
+    model = Net(lambda net, x: net.layers(x) if net.training else net.alone(x), layers=layers, alone=nn.Conv2d(3, 2, 4))
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         with pytest.raises(ValueError, match="SyncBatchNorm expected"):
             model(torch.randn(2, 3, 4, 4))
-        assert cut(model, torch.randn(2, 3, 4, 4)) == [8]
+        assert list(trace(model, torch.randn(2, 3, 4, 4)).widths) == ["layers.0"]
     finally:
         torch.distributed.destroy_process_group()
     assert nn.SyncBatchNorm.forward is not nn.BatchNorm2d.forward

@@ -193,8 +193,12 @@ class Masks(Enforced):
 
     def _fill(self, name: str, target: Tensor) -> None:
         target = target.detach()
+        if target.layout is torch.sparse_coo:
+            for entry in self._by_name()[name]:
+                _fill_sparse(target, entry)
+            return
         integer = _INTEGERS.get(target.element_size())
-        if integer is None or target.is_complex() or target.layout is not torch.strided:
+        if integer is None or target.is_complex():
             for entry in self._by_name()[name]:
                 target.index_fill_(entry.dim, entry.positions.to(target.device), 0)
             return
@@ -203,6 +207,15 @@ class Masks(Enforced):
             self._bits[key] = [_keep_bits(entry, target, integer) for entry in self._by_name()[name]]
         for bits in self._bits[key]:
             target.view(integer).bitwise_and_(bits)
+
+
+def _fill_sparse(target: Tensor, entry: OffEntry) -> None:
+    """Zero entries of a sparse tensor, where it is and whether or not the same place is in it more than once."""
+    values, positions = target._values(), entry.positions.to(target.device)
+    if entry.dim >= target.sparse_dim():
+        values.index_fill_(entry.dim - target.sparse_dim() + 1, positions, 0)
+    else:
+        values[torch.isin(target._indices()[entry.dim], positions)] = 0
 
 
 def _keep_bits(entry: OffEntry, target: Tensor, integer: torch.dtype) -> Tensor:

@@ -76,4 +76,8 @@ class WeightMasks(Enforced):
         key = name, target.device
         if key not in self._off:
             self._off[key] = ~self.keep[name].to(target.device)
-        target.detach().masked_fill_(self._off[key], 0)
+        off, target = self._off[key], target.detach()
+        if target.layout is torch.sparse_coo:
+            target._values().masked_fill_(off[tuple(target._indices())], 0)
+        else:
+            target.masked_fill_(off, 0)

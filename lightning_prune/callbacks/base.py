@@ -12,6 +12,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
@@ -44,6 +45,7 @@ from lightning_prune.errors import ConfigurationError, PruneError, ShrinkError
 from lightning_prune.graph.analysis import Norms
 from lightning_prune.probe import Probe
 from lightning_prune.reinit import Keep, Reinit, ReinitName, reinit_from
+from lightning_prune.reinit.targets import not_frozen
 from lightning_prune.report import PruneReport, Request
 from lightning_prune.schedules import Position, Schedule, ScheduleName, schedule_from
 from lightning_prune.surgery.optimizer_state import leaves_zeros
@@ -103,6 +105,8 @@ class PruningCallback(PruningMethod, Callback):
         self._probe: Probe | None = None
         self._handles: list[RemovableHandle] = []
         self._about_to_step: Optimizer | None = None
+        self._left_out: Optimizer | None = None
+        self._went_backward = False
         self._observing = self._works = False
         self._logged_epoch = -1
         self._best_at_cut: dict[str, str] = {}
@@ -170,6 +174,7 @@ class PruningCallback(PruningMethod, Callback):
             "_probe": None,
             "_handles": [],
             "_about_to_step": None,
+            "_left_out": None,
         }
 
     @override
@@ -204,6 +209,7 @@ class PruningCallback(PruningMethod, Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._went_backward = False
         if self._observing:
             assert self._probe is not None
             self._probe.observe(batch)
@@ -218,8 +224,17 @@ class PruningCallback(PruningMethod, Callback):
             self.before_batch(self._network, position_of(trainer, batch_idx))
 
     @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._went_backward = True
+
+    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._network is not None and self._works and steps_with_plain_gradients(trainer, optimizer):
+        if self._network is None or not self._works:
+            return
+        self._left_out = None
+        if not steps_with_plain_gradients(trainer, optimizer, self._went_backward):
+            self._left_out = optimizer
+        else:
             self.before_masking(self._network, optimizer)
             self._network.mask_gradients()
             self._about_to_step = optimizer
@@ -310,12 +325,14 @@ class PruningCallback(PruningMethod, Callback):
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # With its gradients masked most optimizers leave nothing to undo, and to look costs as much as to mask.
         undisturbed = self._about_to_step is optimizer and leaves_zeros(optimizer)
-        self._about_to_step = None
+        left_out = self._left_out is optimizer
+        self._about_to_step = self._left_out = None
         if self._network is None or not self._works:
             return
         if not undisturbed:
             self._network.mask_weights()
-        self.after_step(self._network, optimizer)
+        if not left_out:  # a fused optimizer has been called even so, and has moved nothing
+            self.after_step(self._network, optimizer)
 
     def _round_if_due(self, trainer: Trainer, position: Position) -> bool:
         """Do now what should be done by this position and is not, according to the record."""
@@ -374,7 +391,9 @@ class PruningCallback(PruningMethod, Callback):
         before = len(network.whole)
         while True:
             try:
-                cuts = network.shrink(network.masks.keep, self.verify).cuts
+                keep = network.masks.keep
+                cuts = network.shrink(keep, self.verify).cuts
+                self.follow(keep, cuts)
                 break
             except ShrinkError as problem:
                 if not network.give_up(problem):
@@ -389,15 +408,15 @@ class PruningCallback(PruningMethod, Callback):
     def _reinitialise(self, network: Network) -> None:
         if isinstance(self._reinit, Keep):
             return
-        kept = self._reinit(
-            network.module, list(network.tensors), self.generator("reinit"), network.origin, network.surviving()
-        )
+        names = not_frozen(network.module, network.tensors)
+        kept = self._reinit(network.module, names, self.generator("reinit"), network.origin, network.surviving())
         if kept:
             rank_zero_warn(
                 f"no new value is known for {', '.join(kept)} (their modules have no reset_parameters): they were kept"
             )
         for optimizer in network.optimizers:
             optimizer.state.clear()
+        network.module.zero_grad()  # what has accumulated so far is of the weights that were replaced
         network.mask_weights()
 
     def generator(self, purpose: str) -> torch.Generator:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.network import Network
 from lightning_prune.errors import BudgetError, ShrinkError
+from lightning_prune.surgery.resize import Cut, read
 
 
 class ChannelCallback(PruningCallback):
@@ -33,15 +34,17 @@ class ChannelCallback(PruningCallback):
     def per_unit(self) -> dict[str, dict[str, Tensor]]:
         """What the method has learnt of units: by a name of its choice, tensors ``[units, ...]`` by group name.
 
-        They follow each shrink, and are saved in checkpoints.
+        They follow each shrink, and are saved in checkpoints. So do weights behind gates, in ``learnt["dense"]``.
         """
         found: dict[str, dict[str, Tensor]] = self.learnt.setdefault("units", {})
         return found
 
-    def follow(self, keep: Mapping[str, Tensor]) -> None:
-        """Called after units were removed physically, with those that were kept."""
+    @override
+    def follow(self, keep: Mapping[str, Tensor], cuts: Mapping[str, Sequence[Cut]]) -> None:
         for values in self.per_unit.values():
             values.update({name: values[name][keep[name].to(values[name].device)] for name in keep if name in values})
+        dense: dict[str, Tensor] = self.learnt.get("dense", {})
+        dense.update({name: read(dense[name], axes) for name, axes in cuts.items() if name in dense})
 
     @override
     def carry_out(self, network: Network, level: float) -> None:
@@ -67,8 +70,7 @@ class ChannelCallback(PruningCallback):
         """Remove channels; where some cannot go after all, others go instead."""
         while True:
             try:
-                network.shrink(keep, self.verify)
-                self.follow(keep)
+                self.follow(keep, network.shrink(keep, self.verify).cuts)
                 return
             except ShrinkError as problem:
                 if not network.give_up(problem):

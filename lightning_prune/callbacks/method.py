@@ -5,12 +5,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.network import Network
 from lightning_prune.schedules import Position
+from lightning_prune.surgery.resize import Cut
 
 
 class PruningMethod(ABC):
@@ -52,6 +55,14 @@ class PruningMethod(ABC):
     def before_the_end(self, network: Network) -> None:
         """Last changes of the masks before what is masked is removed; only called with ``shrink="end"``."""
 
+    def follow(self, keep: Mapping[str, Tensor], cuts: Mapping[str, Sequence[Cut]]) -> None:
+        """Called after units were removed physically.
+
+        Args:
+            keep: Bool masks of the units that were kept, by group name.
+            cuts: What was cut, by full tensor name.
+        """
+
     def prepare(self, network: Network) -> None:
         """Look at the network once before training; raise if the budget cannot work on it."""
 
@@ -83,7 +94,10 @@ class PruningMethod(ABC):
         """Called before each step of an optimizer, with gradients there and those of what is off zeroed."""
 
     def after_step(self, network: Network, optimizer: Optimizer) -> None:
-        """Called after each step of an optimizer, with what is off zeroed."""
+        """Called after each step of an optimizer, with what is off zeroed; not if half precision has left it out.
+
+        A step that Lightning does not know of was not announced by :meth:`before_step`.
+        """
 
     @property
     def goal(self) -> float:

@@ -14,6 +14,7 @@ from lightning_prune.callbacks.channels import Measure
 from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.phases import PhasedPruning
+from lightning_prune.callbacks.support import has_no_end
 from lightning_prune.criteria import Criterion, CriterionName
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.graph.analysis import Norms
@@ -64,33 +65,30 @@ class RegularisedPruning(PhasedPruning):
     def __init__(
         self,
         penalty: Union[PenaltyName, ChannelPenalty] = "group_norm",  # noqa: UP007
-        penalty_start: float = 0.0,
-        criterion: Union[CriterionName, Criterion] = "l2",  # noqa: UP007
-        remove: float = 0.5,
-        of: Measure = "macs",
+        penalty_start: float = 0.0, criterion: Union[CriterionName, Criterion] = "l2",  # noqa: UP007
+        remove: float = 0.5, of: Measure = "macs",
         schedule: Union[ScheduleName, Schedule] = "one_shot",  # noqa: UP007
-        scope: Scope = "global",
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
-        ratios: Mapping[str, float] | None = None,
-        round_to: int = 1,
+        scope: Scope = "global", include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
+        ratios: Mapping[str, float] | None = None, round_to: int = 1,
         min_channels: Union[int, float] = 1,  # noqa: UP007
-        shrink: Shrink = "rounds",
-        norms: Norms = "exact",
-        inner: Sequence[str] | None = None,
-        verify: bool = True,
-        recalibrate: int = 0,
-        seed: int = 0,
-        directory: str | None = None,
-        monitors: Monitors = "keep",
-    ) -> None:
+        shrink: Shrink = "rounds", norms: Norms = "exact", inner: Sequence[str] | None = None, verify: bool = True,
+        recalibrate: int = 0, seed: int = 0, directory: str | None = None, monitors: Monitors = "keep",
+    ) -> None:  # fmt: skip
         super().__init__(
             criterion, remove, of, schedule, scope, include, exclude, ratios, round_to, min_channels, "keep", shrink,
             norms, inner, verify, recalibrate, seed, directory, monitors,
         )  # fmt: skip
         self.penalty, self.penalty_start = penalty, penalty_start
-        self._penalty = penalty_from(penalty)
-        self._acting = False
+        self._penalty, self._acting = penalty_from(penalty), False
+
+    @override
+    def check_length(self, length: Position) -> None:
+        super().check_length(length)
+        if self.penalty_start > 0 and has_no_end(length):
+            raise ConfigurationError(
+                f"penalty_start={self.penalty_start:g} is a share of the fit, which has no end that is known. Give the "
+                f"Trainer max_epochs or max_steps, or leave penalty_start at 0."
+            )
 
     @override
     def check_phases(self, last: Position) -> None:

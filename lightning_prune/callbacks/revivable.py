@@ -25,6 +25,7 @@ class RevivablePruning(WeightPruning):
     """
 
     _effective: EffectiveWeights | None = None
+    _stepping: bool = False
 
     @abstractmethod
     def masks_at_round(self, network: Network, dense: Tensors, keep: Tensors, level: float) -> Tensors:
@@ -51,17 +52,23 @@ class RevivablePruning(WeightPruning):
         super().resume(network)
         refuse_repeated_losses(network.optimizers, type(self).__name__)
         self._effective = self._behind_masks(network) if "dense" in self.learnt else None
+        self._stepping = False
 
     @override
     def before_step(self, network: Network, optimizer: Optimizer) -> None:
         super().before_step(network, optimizer)
         if self._effective is not None:
             self._effective.place_dense()
+            self._stepping = True
 
     @override
     def after_step(self, network: Network, optimizer: Optimizer) -> None:
         super().after_step(network, optimizer)
         if self._effective is not None:
+            if not self._stepping:  # nobody announced the step, so it has moved the masked weights
+                for name, keep in self.learnt["keep"].items():
+                    network.tensors[name].detach().add_(self._effective.dense[name].masked_fill(keep, 0))
+            self._stepping = False
             self._effective.take_over()
             self.learnt["keep"] = self.masks_after_step(self._effective.dense, self.learnt["keep"])
             self._effective.place(self.learnt["keep"])

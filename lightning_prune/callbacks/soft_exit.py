@@ -53,6 +53,8 @@ class SoftExit(HandingOver):
         self._step = position.step
         gates = {name: gate for name, gate in self.gates(position).items() if name in network.graph.groups}
         if not gates:
+            if self._gated is None:
+                self.learnt.pop("dense", None)  # of an earlier fit, whose gates stay in the weights for good
             return
         if self._gated is None:
             groups = [network.graph.groups[name] for name in gates]

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.network import Network
+from lightning_prune.callbacks.support import has_no_end, length_of
 from lightning_prune.callbacks.weights import WeightPruning
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.rewiring import rewired
@@ -70,6 +71,15 @@ class SET(WeightPruning):
     def share(self, position: Position) -> float:
         """Share of the kept weights that an update drops."""
         return self.fraction / 2 * (1 + math.cos(math.pi * position.fraction / self.stop))
+
+    @override
+    def resume(self, network: Network) -> None:
+        super().resume(network)
+        if has_no_end(length_of(network.module.trainer)):
+            raise ConfigurationError(
+                f"{type(self).__name__} drops fewer weights the nearer the end of the fit is, but this fit has no end "
+                f"that is known. Give the Trainer max_epochs or max_steps."
+            )
 
     @override
     def before_batch(self, network: Network, position: Position) -> None:

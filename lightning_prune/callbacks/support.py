@@ -51,6 +51,11 @@ def length_of(trainer: Trainer) -> Position:
     return Position(epochs, steps, 1.0)
 
 
+def has_no_end(length: Position) -> bool:
+    """Whether it is never known which share of a fit of this :func:`length_of` is done."""
+    return math.isinf(length.epoch) and math.isinf(length.step)
+
+
 def check_schedule(trainer: Trainer, schedule: Schedule) -> None:
     """Warn of a schedule that does not fit well into the fit.
 
@@ -109,7 +114,7 @@ def rewrap(trainer: Trainer) -> None:
         strategy._pl_static_graph_delay_done = False
 
 
-def steps_with_plain_gradients(trainer: Trainer, optimizer: Optimizer) -> bool:
+def steps_with_plain_gradients(trainer: Trainer, optimizer: Optimizer, went_backward: bool) -> bool:
     """Take the factor off gradients that half precision has scaled; whether the optimizer will step with them at all.
 
     Most optimizers get them plain by now, but fused ones would take off the factor within their step.
@@ -117,16 +122,20 @@ def steps_with_plain_gradients(trainer: Trainer, optimizer: Optimizer) -> bool:
     Args:
         trainer: The trainer.
         optimizer: The optimizer whose step is announced.
+        went_backward: Whether this batch has given a loss.
 
     Returns:
-        False if gradients overflowed, so that the step will be left out.
+        False if gradients overflowed or the training step gave no loss, so that the step will be left out.
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if not isinstance(scaler, torch.amp.GradScaler) or not scaler.is_enabled():
         return True
-    if not scaler._found_inf_per_device(optimizer):
+    if _automatic(trainer) and not went_backward:
+        return False
+    if getattr(optimizer, "_step_supports_amp_scaling", False) and not scaler._found_inf_per_device(optimizer):
         scaler.unscale_(optimizer)
-    return not any(bool(overflow) for overflow in scaler._found_inf_per_device(optimizer).values())
+    overflows = scaler._found_inf_per_device(optimizer).values()
+    return bool(overflows) and not any(bool(overflow) for overflow in overflows)
 
 
 def nested_optimizers(optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import PruneError
+
+
+def not_frozen(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The named parameters and buffers without what is frozen.
+
+    That is each parameter that takes no gradient, and each buffer of a module that has parameters of its own, none of
+    which takes one.
+
+    Args:
+        model: The network.
+        names: Full names.
+
+    Example:
+        >>> norms = nn.Sequential(nn.BatchNorm1d(2).requires_grad_(False), nn.BatchNorm1d(2, affine=False))
+        >>> not_frozen(norms, ["0.weight", "0.running_mean", "1.running_mean"])
+        ['1.running_mean']
+    """
+    frozen: set[str] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        own = dict(module.named_parameters(path, recurse=False, remove_duplicate=False))
+        still = {name for name, parameter in own.items() if not parameter.requires_grad}
+        frozen |= still
+        if own and len(still) == len(own):
+            frozen |= dict(module.named_buffers(path, recurse=False, remove_duplicate=False)).keys()
+    return [name for name in names if name not in frozen]
 
 
 def targets_of(model: nn.Module, names: Collection[str], kept: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -370,3 +370,29 @@ def test_area_under_curve_like_scikit_learn():
     scores = torch.randint(0, 8, (60,), generator=generator) / 8
     positive = torch.rand(60, generator=generator) < 0.3
     assert area_under_curve(scores, positive) == pytest.approx(roc_auc_score(positive, scores))
+
+
+@pytest.mark.parametrize("shrink", ["end", "never"])
+def test_a_fit_that_is_stopped_while_channels_fade_can_be_followed_by_another(shrink):
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = trainer.global_step == 5
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            behind.append(callback.learnt.get("dense"))
+
+    behind = []
+    callback = bayesian(schedule=Linear(0, 6, 6, "step"), shrink=shrink)
+    module, _ = fit(callback, Stop(), epochs=2)
+    left = widths(module)
+    assert (sum(left) < 60) == (shrink == "end")
+    assert "dense" in callback.learnt
+    for values in callback.per_unit.values():
+        assert sorted(len(value) for value in values.values()) == sorted(left)
+    for name, value in callback.learnt["dense"].items():
+        assert value.shape == module.get_parameter(name).shape
+    fit(callback, Look(), module=module, epochs=2)
+    assert behind[0] is None  # the gates of the first fit are in the weights
+    assert behind[5] is not None
+    assert callback.report.reached == pytest.approx(0.5)

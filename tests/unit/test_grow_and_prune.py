@@ -266,3 +266,26 @@ class TestBadInput:
         with pytest.raises(ConfigurationError, match="LBFGS"):
             fit(growing(), module=module)
         assert widths(module) == [12, 24, 24]
+
+
+def test_a_fit_that_is_stopped_and_cut_can_be_followed_by_another():
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = trainer.global_step == BATCHES + 4
+
+    def look(trainer, pl_module):
+        if trainer.global_step == 0:
+            gates = callback.per_unit["gates"]
+            seen.append((callback.learnt["dense"].copy(), {name: len(gate) for name, gate in gates.items()}))
+            outputs.append(run(pl_module, SAMPLES))
+
+    seen, outputs, callback = [], [], growing(shrink="end")
+    module, _ = fit(callback, Stop())
+    between, cut = run(module, SAMPLES), widths(module)
+    assert sum(cut) < sum(GROWN)
+    fit(callback, Watch(look), module=module)
+    ((dense, lengths),) = seen
+    assert list(lengths.values()) == cut
+    assert difference(between, outputs[0]) <= 1e-5  # the same gates before the same weights
+    assert any(not torch.equal(value, module.get_parameter(name)) for name, value in dense.items())
+    assert callback.report.reached == pytest.approx(0.5, abs=0.03)

@@ -176,3 +176,16 @@ def test_masks_of_another_network_are_refused_and_change_nothing(state: dict[str
 def test_a_missing_tensor_is_named() -> None:
     with pytest.raises(PruneError, match=r"3\.weight"):
         masked().apply({"5.weight": torch.ones(2, 16)})
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_gradients_may_be_sparse(dim: int) -> None:
+    table, rows = nn.Embedding(6, 4, sparse=True), torch.tensor([1, 1, 3, 5])
+    slot = Slot("weight", dim, each(table.weight.shape[dim]), "producer")
+    masks = Masks(ChannelGraph({"table": ChannelGroup("table", (slot,), (slot,))}))
+    masks.set({"table": torch.arange(len(slot.index)) % 3 != 0})
+    (table(rows) * torch.arange(1.0, 17).view(4, 4)).sum().backward()
+    kept = table.weight.grad.to_dense().index_fill(dim, torch.arange(0, len(slot.index), 3), 0)
+    masks.apply_gradients({"weight": table.weight})
+    assert torch.equal(table.weight.grad.to_dense(), kept)
+    assert bool(kept.any())

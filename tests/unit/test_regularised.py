@@ -203,6 +203,15 @@ def test_a_penalty_that_would_never_act_is_refused(start, schedule) -> None:
     refused(RegularisedPruning(penalty_start=start, schedule=schedule), "penalty_start must be a share of the fit")
 
 
+def test_a_share_of_a_fit_without_a_known_end_is_refused():
+    callback = RegularisedPruning(penalty_start=0.3, schedule=OneShot(20, "step"))
+    refused(callback, r"penalty_start=0\.3 is a share of the fit", epochs=-1, max_time={"seconds": 2})
+    penalty = Counting()
+    endless = {"epochs": -1, "max_time": {"seconds": 2}}
+    fit(RegularisedPruning(penalty, schedule=OneShot(2, "step")), **endless)
+    assert penalty.before == 2
+
+
 def test_a_finished_network_trains_on_without_the_penalty():
     penalty = Counting()
     callback = RegularisedPruning(penalty, remove=0.5, of="channels", schedule=OneShot(2, "step"))

@@ -117,6 +117,19 @@ def test_updates_go_on_in_a_second_fit():
     assert not equal(*masks)
 
 
+@pytest.mark.parametrize("method", [SET, RigL])
+def test_a_fit_without_a_known_end_is_refused(method):
+    module, endless = small_net(), {"epochs": -1, "max_time": {"seconds": 2}}
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ConfigurationError, match=f"{method.__name__} drops fewer weights .* max_epochs or max_steps"):
+        fit(method(remove=0.5), module=module, **endless)
+    assert equal(dict(module.state_dict()), dict(before))
+    callback = method(remove=0.5, shrink="never")
+    fit(callback, module=module, epochs=-1, max_steps=3)
+    with pytest.raises(ConfigurationError, match="max_epochs or max_steps"):
+        fit(callback, module=module, **endless)
+
+
 @pytest.mark.parametrize(
     ("method", "arguments", "words"),
     [
@@ -184,14 +197,21 @@ def test_masks_change_only_well_away_from_the_threshold(was_kept, weight, is_kep
 class Line(L.LightningModule):
     """Eight weights, and nothing else."""
 
-    def __init__(self, optimizer=torch.optim.SGD):
+    def __init__(self, optimizer=torch.optim.SGD, raw=False):
         super().__init__()
+        self.automatic_optimization = not raw
         self.line, self.optimizer = torch.nn.Linear(4, 2, bias=False), optimizer
         with torch.no_grad():
             self.line.weight.copy_(torch.tensor([[0.9, -0.2, 0.35, 0.5], [-0.3, 0.8, 0.1, -0.6]]))
 
     def training_step(self, batch, batch_idx):
-        return ((self.line(batch[0]) - batch[1]) ** 2).sum()
+        loss = ((self.line(batch[0]) - batch[1]) ** 2).sum()
+        if not self.automatic_optimization:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        return loss
 
     def configure_optimizers(self):
         return self.optimizer(self.parameters(), lr=0.05)
@@ -226,7 +246,8 @@ def surgery_by_hand(steps, rounds):
     return seen
 
 
-def test_surgery_moves_what_it_has_cut_by_the_gradient_at_the_masked_weights():
+@pytest.mark.parametrize("raw", [False, True], ids=["announced", "behind the back of Lightning"])
+def test_surgery_moves_what_it_has_cut_by_the_gradient_at_the_masked_weights(raw):
     class Weights(L.Callback):
         def __init__(self):
             self.seen = []
@@ -234,9 +255,9 @@ def test_surgery_moves_what_it_has_cut_by_the_gradient_at_the_masked_weights():
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             self.seen.append(pl_module.line.weight.detach().clone())
 
-    weights, schedule = Weights(), Linear(0, 12, 6, "step")
+    weights, schedule = Weights(), Linear(0, 2, 1, "epoch")
     callback = DynamicNetworkSurgery(0.75, schedule, scope="layer", gamma=0, shrink="never")
-    trainer(callback, weights, epochs=3).fit(Line(), DataLoader(line_data(), batch_size=2))
+    trainer(callback, weights, epochs=3).fit(Line(raw=raw), DataLoader(line_data(), batch_size=2))
     expected = surgery_by_hand(18, {0: 6, 6: 4, 12: 2})
     back = sum(int((new & ~old).sum()) for (_, old), (_, new) in pairwise(expected))
     assert back > 0  # else there was no splicing to see

@@ -197,3 +197,58 @@ def test_a_network_without_matrices_trains_on():
 
     with pytest.warns(UserWarning, match="nothing in Scales can be pruned"):
         fit(WeightPruning(), module=Scales())
+
+
+@pytest.mark.parametrize("reinit", ["random", "rewind"])
+def test_a_reinitialisation_leaves_alone_what_is_frozen(reinit):
+    step, module = BATCHES + 2, small_net()
+    module.net[:2].requires_grad_(False)
+    before, after = Diary(step), Diary(step)
+    callback = WeightPruning(exclude=["net.0"], schedule=OneShot(step, "step"), reinit=reinit, shrink="never")
+    fit(before, callback, after, module=module)
+    (old, *_), (new, *_) = before.pages[step], after.pages[step]
+    replaced = {name for name in old if not torch.equal(old[name], new[name])}
+    assert {"net.5.running_mean", "net.5.weight", "net.9.weight"} <= replaced
+    assert [name for name in replaced if name.startswith(("net.0.", "net.1."))] == []
+
+
+class Gradients(L.Callback):
+    """Names of the parameters that have a gradient when a batch starts."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append({name for name, p in pl_module.named_parameters() if p.grad is not None})
+
+
+@pytest.mark.parametrize(("reinit", "forgets"), [("random", True), ("rewind", True), ("keep", False)])
+def test_gradients_that_accumulate_are_forgotten_with_the_weights_that_they_are_of(reinit, forgets):
+    before, after = Gradients(), Gradients()
+    callback = WeightPruning(remove=0.5, schedule=OneShot(0.5, "epoch"), reinit=reinit)
+    fit(before, callback, after, epochs=1, accumulate_grad_batches=4)
+    assert len(before.seen[3]) > 10
+    assert after.seen[3] == (set() if forgets else before.seen[3])
+
+
+@pytest.mark.parametrize("optimizer", [lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), torch.optim.Adagrad])
+def test_sparse_gradients_of_a_table(optimizer):
+    class Lookup(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.head = nn.Embedding(7, 8, sparse=True), nn.Linear(8, 3)
+
+        def training_step(self, batch, batch_idx):
+            rows = batch[0].mean((1, 2, 3)).mul(2).long().clamp(0, 6)
+            return nn.functional.cross_entropy(self.head(self.table(rows)), batch[1])
+
+        def configure_optimizers(self):
+            return optimizer(self.parameters())
+
+    steps, module = Steps(), Lookup()
+    fit(WeightPruning(remove=0.5, schedule=OneShot(4, "step"), shrink="never"), steps, module=module)
+    off = steps.weights[4]["table.weight"] == 0
+    assert 0 < int(off.sum()) < off.numel()
+    assert all(torch.equal(weights["table.weight"] == 0, off) for weights in steps.weights[4:])
+    assert not torch.equal(steps.weights[4]["table.weight"], steps.weights[-1]["table.weight"])

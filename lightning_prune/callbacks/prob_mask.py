@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.callbacks.random_network import Init, RandomNetwork, Step
+from lightning_prune.callbacks.random_network import Init, RandomNetwork, Step, check_temperatures
+from lightning_prune.errors import ConfigurationError
 from lightning_prune.projection import euclidean
 from lightning_prune.weight_budget import Scope
 
@@ -51,12 +52,9 @@ class ProbMask(RandomNetwork):
 
     def __init__(
         self,
-        remove: float = 0.5,
-        scope: Scope = "global",
-        init: Init = "kaiming_normal",
+        remove: float = 0.5, scope: Scope = "global", init: Init = "kaiming_normal",
         optimizer: Step = "adam", lr: float = 6e-3, momentum: float = 0.9,
-        temperature: tuple[float, float] = (1.0, 0.03),
-        budget: tuple[float, float] = (0.1, 0.6),
+        temperature: tuple[float, float] = (1.0, 0.03), budget: tuple[float, float] = (0.1, 0.6),
         include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
         floor: Union[int, float] = 0.001, shrink: Literal["end", "never"] = "end", verify: bool = True,  # noqa: UP007
         recalibrate: int = 0, seed: int = 0, directory: str | None = None,
@@ -65,8 +63,10 @@ class ProbMask(RandomNetwork):
             remove, scope, init, optimizer, lr, momentum, 0.0, include, exclude, floor, shrink, verify, recalibrate,
             seed, directory,
         )  # fmt: skip
-        self.temperature = temperature
-        self.budget = budget
+        check_temperatures(temperature)
+        if not 0 <= budget[0] < budget[1] <= 1:
+            raise ConfigurationError(f"budget must be two shares of the fit that rise within [0, 1], but is {budget}.")
+        self.temperature, self.budget = temperature, budget
 
     @override
     def first_scores(self, weight: Tensor, generator: torch.Generator) -> Tensor:

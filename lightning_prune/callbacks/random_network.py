@@ -90,6 +90,7 @@ class RandomNetwork(PruningCallback):
         self._optimizer: Optimizer | None = None
         self._factors: dict[str, Tensor] = {}
         self._step = -1.0
+        self._family = ""
         self.share = 0.0
 
     # What a method decides -------------------------------------------------------------------------------------------
@@ -238,8 +239,8 @@ class RandomNetwork(PruningCallback):
         return select_weights(ranking, {}, self.remove, self.scope, self.floor)
 
     def uniform(self, like: Tensor) -> Tensor:
-        """Numbers drawn anew for each batch; the same in all processes and in a resumed run."""
-        draw = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {self._step} {len(like)}".encode()))
+        """Numbers drawn anew for each batch and tensor; the same in all processes and in a resumed run."""
+        draw = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {self._step} {self._family}".encode()))
         return torch.rand(like.shape, generator=draw).to(like.device)
 
     def _in_families(self, compute: Callable[[Tensor, int, float], Tensor]) -> dict[str, Tensor]:
@@ -247,7 +248,11 @@ class RandomNetwork(PruningCallback):
         scores: Mapping[str, Tensor] = self.learnt["scores"]
         counts: Mapping[str, int] = self.learnt["counts"]
         if self.scope != "global":
-            return {name: compute(s.flatten(), counts[name], self.share).view_as(s) for name, s in scores.items()}
+            found = {}
+            for name, s in scores.items():
+                self._family = name
+                found[name] = compute(s.flatten(), counts[name], self.share).view_as(s)
+            return found
         joined = torch.cat([s.flatten() for s in scores.values()])
         parts = compute(joined, sum(counts.values()), self.share).split([s.numel() for s in scores.values()])
         return {name: part.view_as(s) for (name, s), part in zip(scores.items(), parts, strict=True)}
@@ -264,6 +269,16 @@ class RandomNetwork(PruningCallback):
         trainable = {name for name, parameter in network.module.named_parameters() if parameter.requires_grad}
         names = [name for name in maskable_names(network.module) if name in trainable]
         return chosen_names(names, self.include, self.exclude)
+
+
+def check_temperatures(temperatures: tuple[float, float]) -> None:
+    """Refuse temperatures that do not fall, or not to one above 0.
+
+    Raises:
+        ConfigurationError: If they do not.
+    """
+    if not math.inf > temperatures[0] >= temperatures[1] > 0:
+        raise ConfigurationError(f"temperature must fall to a number above 0, but is {temperatures}.")
 
 
 def _beside(module: nn.Module, names: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.callbacks.random_network import Init, RandomNetwork, Step
+from lightning_prune.callbacks.random_network import Init, RandomNetwork, Step, check_temperatures
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.projection import entropic, top
 from lightning_prune.weight_budget import Scope
@@ -74,8 +74,7 @@ class SparseBinaryMask(RandomNetwork):
             remove, scope, init, optimizer, lr, momentum, 0.0, include, exclude, floor, shrink, verify, recalibrate,
             seed, directory,
         )  # fmt: skip
-        if not temperature[0] >= temperature[1] > 0:
-            raise ConfigurationError(f"temperature must fall to a number above 0, but is {temperature}.")
+        check_temperatures(temperature)
         if not 0 < anneal <= 1:
             raise ConfigurationError(f"anneal is a share of the fit in (0, 1], but is {anneal}.")
         self.forward, self.variance_match = forward, variance_match
@@ -95,6 +94,6 @@ class SparseBinaryMask(RandomNetwork):
 
     @override
     def scale(self, factors: Tensor) -> Tensor:
-        if not self.variance_match:
+        if not self.variance_match or not factors.any():
             return super().scale(factors)
         return (factors.mean() / factors.square().mean()).sqrt()

@@ -274,3 +274,37 @@ def test_normalised_sgd_decays_and_leaves_what_has_no_gradient():
     torch.testing.assert_close(moved, torch.tensor([1 - 0.1 * 1.5, 1 - 0.1 * -0.5]))
     torch.testing.assert_close(still, torch.full((2,), 0.95))
     assert torch.equal(left, torch.ones(2))
+
+
+def test_tensors_of_one_size_are_drawn_apart():
+    class Twins(Linear):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2))
+
+    seen = Recording()
+    trainer(Supermask(), seen, max_epochs=1).fit(Twins(), batches(4))
+    first, second = ([values[f"layer.{n}.weight"] != 0 for values in seen.training] for n in (0, 1))
+    assert len(first) == 4
+    assert not any(torch.equal(*masks) for masks in zip(first, second, strict=True))
+    assert not torch.equal(first[0], first[1])
+
+
+def test_a_tensor_that_lends_all_of_its_share_to_others_stays_a_number():
+    assert SparseBinaryMask(scope="global").scale(torch.zeros(2, 3)) == 1
+    assert SparseBinaryMask().scale(torch.full((4,), 0.25)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": (1.0, 0.0)}, "temperature must fall to a number above 0"),
+        ({"temperature": (0.1, 0.5)}, "temperature must fall"),
+        ({"budget": (0.5, 0.5)}, r"budget must be two shares .* that rise within \[0, 1\], but is \(0\.5, 0\.5\)"),
+        ({"budget": (-0.1, 0.5)}, "budget must be"),
+        ({"budget": (0.5, 1.5)}, "budget must be"),
+    ],
+)
+def test_wrong_arguments_of_a_prob_mask_are_refused(arguments, message):
+    with pytest.raises(ConfigurationError, match=message):
+        ProbMask(**arguments)

@@ -59,7 +59,7 @@ def fit_mixture(values: Tensor, iterations: int = 30) -> Mixture:
         >>> mixture.shares.tolist(), mixture.means.tolist()
         ([0.5, 0.5], [0.0, 100.0])
     """
-    values = values.double().cpu()
+    values = values.cpu().double()
     whole = values.var(unbiased=False).clamp_min(torch.finfo(values.dtype).tiny)
     half = torch.full((2,), 0.5, dtype=values.dtype)
     quantiles = torch.quantile(values, torch.tensor([0.2, 0.8], dtype=values.dtype))
@@ -119,7 +119,7 @@ def weighed(scales: Mapping[str, Tensor], alive: Mapping[str, Tensor]) -> tuple[
         >>> (found["a"] > 0).tolist(), (found["b"] > 0).tolist()
         ([False, False, True, True], [False, False, True, True])
     """
-    own = {name: values.detach().double().cpu() for name, values in scales.items()}
+    own = {name: values.detach().cpu().double() for name, values in scales.items()}
     middles = {name: values[alive[name]].median().clamp_min(_LEAST_SCALE) for name, values in own.items()}
     ratios = {name: (values / middles[name]).clamp_min(_LEAST_SCALE).log() for name, values in own.items()}
     mixture = fit_mixture(torch.cat([ratio[alive[name]] for name, ratio in ratios.items()]))

@@ -43,12 +43,12 @@ def euclidean(values: Tensor, budget: float) -> Tensor:
         >>> euclidean(torch.tensor([1.5, 0.5, 0.5]), 1.5).tolist()
         [1.0, 0.25, 0.25]
     """
-    clipped = values.clamp(0, 1)
-    if float(clipped.sum(dtype=torch.float64)) <= budget:
+    clipped, counted = values.clamp(0, 1), _countable(values)
+    if float(counted.clamp(0, 1).sum(dtype=torch.float64)) <= budget:
         return clipped
 
     def sum_at(shift: float) -> tuple[float, float]:
-        moved = values - shift
+        moved = counted - shift
         inside = (moved > 0) & (moved < 1)
         return float(moved.clamp(0, 1).sum(dtype=torch.float64)), -float(inside.sum())
 
@@ -70,15 +70,21 @@ def entropic(scores: Tensor, budget: float, temperature: float) -> Tensor:
         >>> entropic(torch.tensor([1.0, 0.0, -1.0]), 1.5, 0.1)[1].item()
         0.5
     """
+    counted = _countable(scores)
 
     def sum_at(shift: float) -> tuple[float, float]:
-        mask = torch.sigmoid((scores - shift) / temperature)
+        mask = torch.sigmoid((counted - shift) / temperature)
         total = float(mask.sum(dtype=torch.float64))
         return total, -(total - float(mask.square().sum(dtype=torch.float64))) / temperature
 
     share = torch.logit(torch.tensor(budget / len(scores), dtype=torch.float64)).item()
     low, high = (float(bound) - temperature * share for bound in torch.aminmax(scores))
     return torch.sigmoid((scores - _crossing(sum_at, budget, low, high)) / temperature)
+
+
+def _countable(values: Tensor) -> Tensor:
+    """The values on a device that can add them up in double precision."""
+    return values.cpu() if values.device.type == "mps" else values
 
 
 def _crossing(curve: Curve, level: float, low: float, high: float) -> float:

@@ -128,7 +128,7 @@ class ThresholdNet:
     def __init__(self, thresholds: Sequence[float], lr: float = 0.01, seed: int = 0) -> None:
         self.thresholds = torch.tensor(thresholds, dtype=torch.float64)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # and not those of other devices, which nothing puts back
             last = nn.Linear(32, len(thresholds))
             layers = [nn.Linear(_QUANTILES + 4, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU()]
             self.network = nn.Sequential(*layers, last)

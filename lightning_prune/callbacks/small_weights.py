@@ -80,7 +80,7 @@ class SmallWeightSearch(WeightPruning):
 
     @override
     def carry_out(self, network: Network, level: float) -> None:
-        sizes = {name: weight.abs().double() for name, weight in self._weights(network).items()}
+        sizes = {name: weight.abs().cpu().double() for name, weight in self._weights(network).items()}
         scale = max(float(size.max()) for size in sizes.values()) or 1.0
 
         def allowed(chosen: dict[str, Tensor]) -> dict[str, Tensor]:

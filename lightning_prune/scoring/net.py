@@ -36,7 +36,7 @@ class Scorer(nn.Module):
     def __init__(self, hidden: int = 64, seed: int = 0) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # and not those of other devices, which nothing puts back
             self.unit = nn.Sequential(
                 nn.Linear(FEATURE_COUNT, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.LayerNorm(hidden)
             )

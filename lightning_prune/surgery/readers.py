@@ -77,7 +77,7 @@ class ReadMoments:
         """
         self._counts, self._given = average(self._counts), average(self._given)
         self._responses, self._products = average(self._responses), average(self._products)
-        self.parts = average(self.parts)
+        self.reach, self.parts = average(self.reach), average(self.parts)
         proven = average(torch.tensor([float(self.exact), float(self.receiver is not None)]))
         self.exact = float(proven[0]) == 1
         self.receiver = self.receiver if float(proven[1]) == 1 else None

@@ -260,3 +260,19 @@ def test_what_was_handed_over_can_be_put_back_in_all_copies(how):
     put_back(before)
     for other in (model, average):
         assert all(torch.equal(value, start[name]) for name, value in other.state_dict().items())
+
+
+def test_all_that_is_known_of_a_reader_is_shared():
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 3, 3, padding=1))
+    found = []
+    for size in (4, 8):  # what two processes see
+        x = torch.randn(2, 2, size, size)
+        (reader,) = observe(trace(model, x), module_programs(model, x), named_leaves(model)).values()
+        found.append(reader)
+    one, other = ({k: v for k, v in vars(reader).items() if torch.is_tensor(v)} for reader in found)
+    assert not torch.equal(one["reach"], other["reach"])
+    twins = {id(value): other[name] for name, value in one.items()}
+    expected = {name: (value + other[name]) / 2 for name, value in one.items()}
+    found[0].share(lambda value: (value + twins.get(id(value), value)) / 2)
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(found[0], name), value, msg=name)

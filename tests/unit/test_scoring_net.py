@@ -556,3 +556,14 @@ def test_a_fit_goes_on_from_a_checkpoint_with_the_scorer_that_was_learnt(tmp_pat
     later = scoring(save_scorer=str(tmp_path / "again.pt"))
     trainer(later, epochs=2).fit(small_net(), loader(), ckpt_path=tmp_path / "one.ckpt")
     assert equal(Scorer.load(tmp_path / "again.pt").state(), callback.learnt["scorer"])
+
+
+def test_a_new_scorer_leaves_the_random_states_of_all_devices_alone():
+    def states():
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return [torch.get_rng_state(), *cuda], list(torch.cuda._lazy_seed_tracker.get_calls())
+
+    (before, waiting), _ = states(), Scorer(seed=3)
+    after, still = states()
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    assert still == waiting  # what is to be done to CUDA once it is used

@@ -455,3 +455,14 @@ def test_teachers_that_nobody_asks_are_refused():
         searching(teachers=["some.ckpt"])
     with pytest.raises(ConfigurationError, match=r"no checkpoint 'some\.ckpt'"):
         fit(searching(teachers=["some.ckpt"], robust=True))
+
+
+def test_a_new_threshold_network_leaves_the_random_states_of_all_devices_alone():
+    def states():
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return [torch.get_rng_state(), *cuda], list(torch.cuda._lazy_seed_tracker.get_calls())
+
+    (before, waiting), _ = states(), ThresholdNet([0.5, 0.9], seed=3)
+    after, still = states()
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    assert still == waiting  # what is to be done to CUDA once it is used

@@ -78,7 +78,27 @@ def left_whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str
             whole[name] = f"is a sparse tensor ({_layout_of(tensor)})"
         elif type(tensor) not in _PLAIN:
             whole[name] = f"is a tensor of the class {type(tensor).__name__}, whose numbers may be kept in another way"
-    return whole
+    return {**_sharing_memory(tensors), **whole}
+
+
+def _sharing_memory(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Parameters, and what they share memory with, that would go apart when each is given memory of its own."""
+    spans = []
+    for name, tensor in tensors.items():
+        if tensor.layout is torch.strided and not tensor.is_meta and tensor.numel() and type(tensor) in _PLAIN:
+            reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+            spans.append((tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size(), name))
+    found = {}
+    last, end = "", 0
+    for start, stop, name in sorted(spans):
+        if start < end and any(isinstance(tensors[each], nn.Parameter) for each in (name, last)):
+            for one, other in ((name, last), (last, name)):
+                found[one] = (
+                    f"shares memory with {other}, which it is not; to tie them, use one parameter in both places"
+                )
+        if stop > end:
+            last, end = name, stop
+    return found
 
 
 def check_samples(program: str, samples: int) -> None:

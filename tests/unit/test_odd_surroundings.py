@@ -125,3 +125,30 @@ def test_how_precisely_products_are_computed_is_as_before_afterwards():
         assert torch.backends.cudnn.allow_tf32
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("tie", ["transposed", "data"])
+def test_parameters_that_share_memory_stay_whole_and_tied(tie):
+    encoder, decoder = nn.Linear(6, 8), nn.Linear(8, 6)
+    if tie == "transposed":
+        decoder.weight = nn.Parameter(encoder.weight.detach().t())
+    else:
+        decoder = nn.Linear(6, 8)
+        decoder.weight.data = encoder.weight.data
+    model = nn.Sequential(
+        encoder, nn.ReLU(), *([nn.Linear(8, 6)] if tie == "data" else []), decoder, nn.Linear(decoder.out_features, 2)
+    )
+    graph = trace(model, torch.randn(2, 6))
+    name = "3.weight" if tie == "data" else "2.weight"
+    reasons = {refusal.path.partition(" ")[0]: refusal.reason for refusal in graph.refused}
+    assert reasons["0.weight"].startswith(f"shares memory with {name}")
+    assert all(slot.tensor not in ("0.weight", name) for group in graph.groups.values() for slot in group.slots)
+
+
+def test_parameters_side_by_side_in_one_piece_of_memory_are_cut():
+    model = layers()
+    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    for parameter in model.parameters():
+        here, flat = flat[: parameter.numel()], flat[parameter.numel() :]
+        parameter.data = here.view_as(parameter)
+    assert cut(model, torch.randn(2, 4)) == [8]

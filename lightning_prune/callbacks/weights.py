@@ -124,7 +124,7 @@ class WeightPruning(PruningCallback):
             weights = self._weights(network)
             source = ProbeSource(network.probe, weights, network.average, self._watched)
             scores = self._criterion.score(weights, source, self.generator("criterion"))
-            averaged = {name: network.average(score) for name, score in scores.items()}
+            averaged = {name: network.average(score.to_dense()) for name, score in scores.items()}
             network.weights.set(network.broadcast(self._reduced(network, averaged, kept)), network.tensors)
             network.hold_masks()
 
@@ -141,7 +141,7 @@ class WeightPruning(PruningCallback):
             moved = {parameter for group in optimizer.param_groups for parameter in group["params"]}
             weights = {name: network.tensors[name] for name in self._eligible(network)}
             weights = {name: weight for name, weight in weights.items() if weight in moved and weight.grad is not None}
-            gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+            gradients = {name: w.grad.to_dense() for name, w in weights.items() if w.grad is not None}
             self._criterion.watch(weights, gradients, self._watched)
 
     @override

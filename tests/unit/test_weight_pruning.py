@@ -231,8 +231,9 @@ def test_gradients_that_accumulate_are_forgotten_with_the_weights_that_they_are_
     assert after.seen[3] == (set() if forgets else before.seen[3])
 
 
+@pytest.mark.parametrize("criterion", ["magnitude", "movement", "synflow"])
 @pytest.mark.parametrize("optimizer", [lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), torch.optim.Adagrad])
-def test_sparse_gradients_of_a_table(optimizer):
+def test_sparse_gradients_of_a_table(optimizer, criterion):
     class Lookup(L.LightningModule):
         def __init__(self):
             super().__init__()
@@ -247,7 +248,7 @@ def test_sparse_gradients_of_a_table(optimizer):
             return optimizer(self.parameters())
 
     steps, module = Steps(), Lookup()
-    fit(WeightPruning(remove=0.5, schedule=OneShot(4, "step"), shrink="never"), steps, module=module)
+    fit(WeightPruning(criterion, remove=0.5, schedule=OneShot(4, "step"), shrink="never"), steps, module=module)
     off = steps.weights[4]["table.weight"] == 0
     assert 0 < int(off.sum()) < off.numel()
     assert all(torch.equal(weights["table.weight"] == 0, off) for weights in steps.weights[4:])

@@ -11,6 +11,8 @@ from lightning_prune.errors import ConfigurationError
 Thing = TypeVar("Thing")
 _MOST = 12
 """Most names that a message lists."""
+_SYNONYMS = {"flops": "macs", "filters": "channels", "magnitude": "l2"}
+"""What others call the same, and no spelling resembles."""
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigurationError:
@@ -29,7 +31,10 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> Configuration
         unknown criterion 'talor': did you mean 'taylor'? Known: 'l1', 'taylor'.
     """
     by_lower = {known_name.lower(): known_name for known_name in known}
-    close = [by_lower[found] for found in difflib.get_close_matches(str(name).lower(), by_lower, n=_MOST, cutoff=0.5)]
+    word = str(name).lower()
+    similar = [w for w in (_SYNONYMS.get(word),) if w in by_lower]
+    similar += difflib.get_close_matches(word, by_lower.keys() - set(similar), n=_MOST, cutoff=0.5)
+    close = [by_lower[found] for found in similar]
     hint = f" did you mean {close[0]!r}?" if close else ""
     if len(by_lower) <= _MOST:
         listed = f" Known: {', '.join(map(repr, by_lower.values()))}."
@@ -49,7 +54,7 @@ def chosen(kind: str, choice: object, base: type[Any], known: Mapping[str, Calla
         known: Makes the thing of each known name.
 
     Raises:
-        ConfigurationError: If there is no such name.
+        ConfigurationError: If there is no such name, or it is neither a name nor such a thing.
 
     Example:
         >>> chosen("number", "two", int, {"one": lambda: 1, "two": lambda: 2})
@@ -57,6 +62,14 @@ def chosen(kind: str, choice: object, base: type[Any], known: Mapping[str, Calla
     """
     if isinstance(choice, base):
         return choice  # type: ignore[no-any-return]
+    if isinstance(choice, type) and issubclass(choice, base):
+        name = choice.__name__
+        raise ConfigurationError(f"the {kind} is the class {name}: give an instance, such as {name}().")
+    if isinstance(choice, (int, float)):
+        raise ConfigurationError(
+            f"unknown {kind} {choice!r}: give a name or a {base.__name__}. If the number is for another argument, name "
+            f"that, as in remove={choice!r}."
+        )
     if not isinstance(choice, str) or choice not in known:
         raise unknown_name(kind, choice, known)
     return known[choice]()

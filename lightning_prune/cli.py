@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import inspect
+import math
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from pydoc import ErrorDuringImport, locate
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Union
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -16,6 +18,8 @@ from lightning import LightningDataModule, LightningModule
 from torch import nn
 
 from lightning_prune.__about__ import __version__
+from lightning_prune.budget import Limits, reachable
+from lightning_prune.callbacks.channels import ChannelPruning
 from lightning_prune.choices import unknown_name
 from lightning_prune.cost import CostModel
 from lightning_prune.criteria import CriterionName
@@ -32,11 +36,18 @@ from lightning_prune.surgery import trace, trace_programs
 from lightning_prune.text import format_count
 
 _LIGHTNING = ("fit", "validate", "test", "predict")
+_OF_SENSITIVITY = ("data", "data_init", "batches", "criterion", "shares", "patterns", "monitor", "tolerate", "save")
+_Patterns = Union[list[str], str]  # noqa: UP007 - jsonargparse takes what is no list as one pattern
 Made = TypeVar("Made")
 
 
-def _model_parser(description: str) -> ArgumentParser:
-    parser = ArgumentParser(description=description)
+def _parser(command: str, description: str | None, example: str) -> ArgumentParser:
+    prog = f"lightning-prune {command}"
+    return ArgumentParser(prog=prog, description=description, epilog=f"example: {prog} {example}")
+
+
+def _model_parser(command: str, description: str | None, example: str) -> ArgumentParser:
+    parser = _parser(command, description, example)
     parser.add_argument("model", type=str, help="import path of a module class, or of a function that makes a module")
     parser.add_argument("--init", type=dict[str, Any], default={}, help="arguments to make it with, as JSON or YAML")
     parser.add_argument(
@@ -54,23 +65,54 @@ def _make_model(path: str, arguments: Mapping[str, Any]) -> nn.Module:
     Raises:
         ConfigurationError: If there is no such thing, or it makes no module.
     """
-    return _make(path, arguments, nn.Module, "torch module")
+    return _make(path, arguments, nn.Module, "torch module", "--init")
 
 
-def _make(path: str, arguments: Mapping[str, Any], kind: type[Made], what: str) -> Made:
-    """Make what an import path names, which must be of some kind."""
+def _make(path: str, arguments: Mapping[str, Any], kind: type[Made], what: str, option: str) -> Made:
+    """Make what an import path names, which must be of some kind, with the arguments that an option gives."""
     sys.path.insert(0, str(Path.cwd()))
     module_path, _, name = path.rpartition(".")
+    if not module_path:
+        raise ConfigurationError(f"'{path}' is no import path: give all of it, such as my_package.{path}")
     try:
         module = __import__(module_path, fromlist=[name])
     except (ImportError, ValueError) as error:
         raise ConfigurationError(f"cannot import '{module_path}' of '{path}': {error}") from error
     if not hasattr(module, name):
         raise unknown_name(f"name in {module_path}", name, [n for n in dir(module) if not n.startswith("_")])
-    made = getattr(module, name)(**arguments)
+    made = _called(path, getattr(module, name), arguments, option)
     if not isinstance(made, kind):
         raise ConfigurationError(f"'{path}' makes a {type(made).__name__}, not a {what}")
     return made
+
+
+def _called(path: str, maker: Any, arguments: Mapping[str, Any], option: str) -> Any:
+    """What a class or function makes of the arguments."""
+    if not callable(maker):
+        raise ConfigurationError(f"'{path}' is a {type(maker).__name__}: name a class, or a function that makes one")
+    try:
+        return maker(**arguments)
+    except PruneError:
+        raise
+    except Exception as error:
+        for name in arguments:
+            if isinstance(error, TypeError) and (known := _parameters(maker)) and name not in known:
+                raise unknown_name(f"{option} argument", name, known) from error
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigurationError(
+            f"'{path}' could not be made: {type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})."
+            f" Its arguments are given with {option}, such as {option} '{{\"width\": 8}}'."
+        ) from error
+
+
+def _parameters(maker: Callable[..., Any]) -> list[str]:
+    """Names of all arguments; none where any name will do, or where they are not known."""
+    try:
+        parameters = inspect.signature(maker).parameters
+    except ValueError:
+        return []
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return [] if takes_any else list(parameters)
 
 
 def _example_input(model: nn.Module, shape: Sequence[int] | None) -> Any:
@@ -84,9 +126,19 @@ def _example_input(model: nn.Module, shape: Sequence[int] | None) -> Any:
 
 def inspect_command(args: Sequence[str]) -> None:
     """Print groups, refusals and costs of a network, and on request how sensitive it is, without training it."""
-    parser = _model_parser(inspect_command.__doc__ or "")
-    parser.add_argument("--norms", type=Norms, default="exact", help="as the argument of ChannelPruning")
-    parser.add_argument("--inner", type=list[str], default=[], help="as the argument of ChannelPruning: [PATTERN,...]")
+    parser = _model_parser("inspect", inspect_command.__doc__, "my_package.MyNetwork --shape '[2,3,224,224]'")
+    parser.add_argument(
+        "--norms",
+        type=Norms,
+        default="exact",
+        help="what layer, group and RMS norms take their statistics over stays whole (exact) or may go (approximate)",
+    )
+    parser.add_argument(
+        "--inner",
+        type=_Patterns,
+        default=[],
+        help="patterns of modules that make queries, keys or values: equal positions of all heads go, not whole heads",
+    )
     parser.add_argument("--checkpoint", type=str, default=None, help="a checkpoint file of that module, to load first")
     parser.add_argument(
         "--sensitivity", action="store_true", help="measure the loss with ever fewer units of each group"
@@ -96,14 +148,27 @@ def inspect_command(args: Sequence[str]) -> None:
     parser.add_argument("--batches", type=int, default=4, help="number of validation batches")
     parser.add_argument("--criterion", type=CriterionName, default="l2", help="which units of a group go first")
     parser.add_argument("--shares", type=list[float], default=list(SHARES), help="shares of a group to take away")
-    parser.add_argument("--patterns", type=list[str], default=None, help="groups to cut together; default: each alone")
+    parser.add_argument("--patterns", type=_Patterns, default=None, help="groups to cut together; default: each alone")
     parser.add_argument("--monitor", type=str, default=None, help="what validation_step logs, instead of the loss")
     parser.add_argument("--tolerate", type=str, default=None, help="rise of the loss, such as 0.05 or 5%, for ratios")
     parser.add_argument("--save", type=str, default=None, help="folder to write table, CSV and figure to")
     options = parser.parse_args(list(args))
+    for name in ("inner", "patterns"):
+        if isinstance(options[name], str):
+            options[name] = [options[name]]
+    if not options.sensitivity:
+        for name in _OF_SENSITIVITY:
+            if options[name] != parser.get_default(name):
+                raise ConfigurationError(f"--{name} says how to measure the sensitivity: add --sensitivity to do that")
     model = _make_model(options.model, options.init)
     if options.checkpoint is not None:
         model = _loaded(options.model, options.init, Path(options.checkpoint))
+    elif options.sensitivity:
+        print(
+            f"lightning-prune: without --checkpoint, '{options.model}' is measured with the weights that it is made "
+            f"with; if these are random, the sensitivity says nothing of the network once it is trained",
+            file=sys.stderr,
+        )
     batches = _validation_batches(model, options) if options.sensitivity else []
     graph = _graph(model, options, batches)
     _print_graph(model, graph)
@@ -119,7 +184,7 @@ def _validation_batches(model: nn.Module, options: Namespace) -> list[Any]:
         )
     data = None
     if options.data is not None:
-        data = _make(options.data, options.data_init, LightningDataModule, "LightningDataModule")
+        data = _make(options.data, options.data_init, LightningDataModule, "LightningDataModule", "--data_init")
     return validation_batches(model, data, options.batches)
 
 
@@ -135,11 +200,12 @@ def _graph(model: nn.Module, options: Namespace, batches: Sequence[Any]) -> Chan
 
 def _print_graph(model: nn.Module, graph: ChannelGraph) -> None:
     cost = CostModel(graph, [name for name, _ in model.named_parameters()])
-    sliced = {slot.tensor for group in graph.groups.values() for slot in group.slots}
-    total = sum(parameter.numel() for parameter in model.parameters())
-    prunable = sum(parameter.numel() for name, parameter in model.named_parameters() if name in sliced)
-    print(f"{graph}\n\n{format_count(total)} parameters, {prunable / max(total, 1):.1%} of them in prunable tensors")
-    print(f"{format_count(cost.macs(graph.widths))} MACs for one sample")
+    print(f"{graph}\n")
+    for measure, what in ((cost.parameters, "parameters"), (cost.macs, "MACs for one sample")):
+        whole = measure(graph.widths)
+        least = reachable(graph.groups, widths=graph.widths, original=graph.widths, cost=measure, limits=Limits())
+        share = math.floor(1000 * (1 - least / max(whole, 1)) + 1e-6) / 10  # rounded down: so much can be asked for
+        print(f"{format_count(whole)} {what}, of which at most {share}% can go")
 
 
 def _print_sensitivity(model: nn.Module, graph: ChannelGraph, batches: Sequence[Any], options: Namespace) -> None:
@@ -149,7 +215,12 @@ def _print_sensitivity(model: nn.Module, graph: ChannelGraph, batches: Sequence[
     )
     print(f"\n{found.table()}")
     if tolerated is not None:
-        print(f"\nratios of ChannelPruning, for a rise of {options.tolerate}\n{json.dumps(found.ratios(*tolerated))}")
+        ratios = found.ratios(*tolerated)
+        arguments = {"criterion": options.criterion, "norms": options.norms, "inner": options.inner}
+        arguments |= {"include": None if options.patterns is None else [*ratios], "ratios": ratios}
+        defaults = inspect.signature(ChannelPruning).parameters
+        line = ", ".join(f"{name}={v!r}" for name, v in arguments.items() if (v or None) != defaults[name].default)
+        print(f"\nfor a rise of {options.tolerate} where one of these is cut alone\nChannelPruning({line})")
     if options.save is not None:
         for note in found.save(options.save):
             print(note)
@@ -166,7 +237,7 @@ def _tolerated(rise: str) -> tuple[float, bool]:
 
 def report_command(args: Sequence[str]) -> None:
     """Print the report of a fit, or write it in other forms."""
-    parser = ArgumentParser(description=report_command.__doc__)
+    parser = _parser("report", report_command.__doc__, "checkpoints/ --save figures/")
     parser.add_argument("path", type=str, help="a report.json, or the folder it lies in")
     parser.add_argument("--save", type=str, default=None, help="folder to write table, CSV and figure to")
     options = parser.parse_args(list(args))
@@ -180,7 +251,9 @@ def report_command(args: Sequence[str]) -> None:
 
 def export_command(args: Sequence[str]) -> None:
     """Write the network of a pruned checkpoint in a form that needs no library to load."""
-    parser = _model_parser(export_command.__doc__ or "")
+    parser = _model_parser(
+        "export", export_command.__doc__, "my_package.MyNetwork pruned.ckpt --format onnx --shape '[1,3,224,224]'"
+    )
     parser.add_argument("checkpoint", type=str, help="a checkpoint file of that module")
     parser.add_argument("--format", type=str, default="pt2", help=f"one of {', '.join(FORMATS)}")
     parser.add_argument("--out", type=str, default=None, help="file to write; default: beside the checkpoint")
@@ -242,7 +315,7 @@ def _dtype(name: str) -> torch.dtype:
 
 def demo_command(args: Sequence[str]) -> None:
     """Prune a small network on scikit-learn's digits inside one fit, and show what came of it."""
-    parser = ArgumentParser(description=demo_command.__doc__)
+    parser = _parser("demo", demo_command.__doc__, "--epochs 20 --out prune-demo")
     parser.add_function_arguments(run_demo, as_group=False)
     run_demo(**parser.parse_args(list(args)).as_dict())
 

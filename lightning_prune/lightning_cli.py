@@ -6,21 +6,71 @@ import difflib
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_prune.callbacks.base import PruningCallback
-from lightning_prune.criteria import Criterion
+from lightning_prune.criteria import Criterion, WeightCriterion
+from lightning_prune.errors import PruneError
+from lightning_prune.patterns import PatternMining
+from lightning_prune.penalties import ChannelPenalty
 from lightning_prune.reinit import Reinit
 from lightning_prune.schedules import Schedule
+from lightning_prune.scoring import Stage, StageLoss
+from lightning_prune.search import Search
+
+_OURS: tuple[type, ...] = (
+    PruningCallback,
+    Criterion,
+    WeightCriterion,
+    ChannelPenalty,
+    PatternMining,
+    Reinit,
+    Schedule,
+    Search,
+    Stage,
+    StageLoss,
+)
+"""What this package offers for configuration files, and all that is made from it."""
 
 
 class _HelpfulParser(LightningArgumentParser):
-    """Adds the nearest known name to errors about mistyped ones."""
+    """Adds the nearest known name to errors about mistyped ones, and hands on what this package has to complain of."""
+
+    def instantiate(
+        self,
+        namespace: Namespace,
+        instantiate_groups: bool = True,
+        *,
+        instantiators: Sequence[tuple[Callable[..., Any], type, bool]] | None = None,
+    ) -> Any:
+        """Make everything that is configured.
+
+        Raises:
+            PruneError: If a class of this package refuses its arguments; jsonargparse would hide it in a list of all
+                types that it has tried.
+        """
+        heard: list[PruneError] = []
+
+        def listening(kind: type, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return kind(*args, **kwargs)
+            except PruneError as error:
+                heard.append(error)
+                raise
+
+        ours = [(listening, kind, True) for kind in _OURS]
+        try:
+            return super().instantiate(namespace, instantiate_groups, instantiators=[*(instantiators or ()), *ours])
+        except ValueError as error:
+            for cause in (*heard, error.__cause__):
+                if isinstance(cause, PruneError) and str(cause) in str(error):
+                    raise cause from None
+            raise
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         hints = [hint for word in _doubtful_words(message) if (hint := self._nearest(word, message))]
@@ -49,7 +99,7 @@ def _known_words(parser: ArgumentParser) -> Iterator[str]:
     for action in parser._actions:
         yield action.dest
         yield action.dest.rpartition(".")[2]
-    pending: list[type] = [PruningCallback, Criterion, Schedule, Reinit]
+    pending = list(_OURS)
     while pending:
         kind = pending.pop()
         pending += kind.__subclasses__()

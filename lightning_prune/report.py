@@ -96,6 +96,8 @@ class PruneReport:
         ...     after=Totals(channels=6, parameters=460),
         ...     requested=Request(0.6, "channels"),
         ...     reached=0.625,
+        ...     refused=(Refusal("net.2.weight (dim 0)", "is an output of the network"),),
+        ...     history=(Round(epoch=3, step=40, removed=0.625),),
         ... )
         >>> print(report)
         channel group  before  after  removed
@@ -106,6 +108,10 @@ class PruneReport:
         parameters     1.210 k  0.460 k    62.0%
         <BLANKLINE>
         requested 60.0% of channels, reached 62.5%
+        in 1 round, epoch 3 (step 40)
+        <BLANKLINE>
+        stays whole
+          net.2.weight (dim 0): is an output of the network
     """
 
     groups: tuple[GroupWidth, ...]
@@ -225,11 +231,16 @@ class PruneReport:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            ConfigurationError: If the file does not hold a report.
+            ConfigurationError: If the file cannot be read, or does not hold a report.
         """
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, AttributeError, ConfigurationError) as error:
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot read a pruning report from {path}: {error.strerror}. A fit writes report.json into the "
+                f"callback's directory, or beside its checkpoints."
+            ) from error
+        except (ValueError, AttributeError) as error:  # also of what is neither JSON nor text
             raise ConfigurationError(f"{path} does not hold a pruning report: {error}") from error
 
     def figure(self) -> Figure:

@@ -51,8 +51,8 @@ def validation_batches(model: LightningModule, data: LightningDataModule | None,
         trainer.validate(model, data, verbose=False)
     except MisconfigurationException as error:
         raise ConfigurationError(
-            f"{name} cannot be validated: {error} It needs a validation_step, and a val_dataloader of its own or of a "
-            "data module, whose import path --data gives."
+            f"{name} cannot be validated: {str(error).rstrip('.')}. It needs a validation_step, and a val_dataloader "
+            "of its own or of a data module, whose import path --data gives."
         ) from error
     if not collector.batches:
         raise ConfigurationError(f"the validation data of {type(data or model).__name__} has no batch.")

@@ -44,7 +44,7 @@ def measure_sensitivity(
     loss: LossFunction | None = None,
     criterion: CriterionName | Criterion = "l2",
     shares: Sequence[float] = SHARES,
-    patterns: Sequence[str] | None = None,
+    patterns: Sequence[str] | str | None = None,
     monitor: str | None = None,
     seed: int = 0,
 ) -> Sensitivity:
@@ -61,8 +61,8 @@ def measure_sensitivity(
         loss: Gives the loss of the network on a batch; default: what ``training_step`` of a LightningModule returns.
         criterion: Which units of a group go first; one that looks at weights, or at gradients of the loss.
         shares: Shares to remove, in (0, 1).
-        patterns: Patterns (as in ``fnmatch``) of names of groups. The groups that match one are cut together, and the
-            others are not cut; default: every group alone.
+        patterns: Patterns (as in ``fnmatch``) of names of groups, or a single one. The groups that match one are cut
+            together, and the others are not cut; default: every group alone.
         monitor: Instead of ``loss``, name of a tensor that ``validation_step`` logs; less of it is better.
         seed: Seed of random criteria.
 
@@ -82,7 +82,7 @@ def measure_sensitivity(
     rising = tuple(sorted({check_fraction(share, "a share") for share in shares} - {0.0}))
     if not rising:
         raise ConfigurationError("there is no share to remove. Give some in (0, 1), such as 0.25 and 0.5.")
-    together = _together(graph, patterns)
+    together = _together(graph, [patterns] if isinstance(patterns, str) else patterns)
     tensors, original = named_leaves(model), graph.widths
     if strangers := [s.tensor for group in graph.groups.values() for s in group.slots if s.tensor not in tensors]:
         raise ConfigurationError(f"the graph knows {strangers[0]!r}, which the model does not have. Trace this model.")

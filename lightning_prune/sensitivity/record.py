@@ -66,8 +66,8 @@ class Sensitivity:
 
         It is the largest one that was measured such that neither it nor a smaller one costs more; 0 if there is none.
         Li et al. (2017) prune layers by such ratios. With all groups cut at once the loss rises further. Give them to
-        ``ChannelPruning(ratios=..., remove=0.0)``: ratios of all groups leave nothing for a budget to decide. Where
-        patterns leave groups out, ``remove`` is what these must help to reach.
+        ``ChannelPruning(ratios=...)``: ratios of all groups leave nothing for ``remove`` to decide. Where patterns
+        leave groups out, ``include=list(ratios)`` keeps these whole; else ``remove`` is what they must help to reach.
 
         Args:
             rise: How much the loss may rise, at least 0.

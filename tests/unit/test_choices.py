@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import pytest
+
+from lightning_prune import ChannelPruning, OneShot, Random
 from lightning_prune.choices import unknown_name
+from lightning_prune.errors import ConfigurationError
 
 
 def test_a_near_miss_gets_a_suggestion() -> None:
@@ -11,3 +15,23 @@ def test_a_far_miss_gets_the_list_only() -> None:
     message = str(unknown_name("criterion", "zzzzzz", ["l1", "fpgm"]))
     assert "did you mean" not in message
     assert "'l1', 'fpgm'" in message
+
+
+def test_what_others_call_the_same_is_suggested() -> None:
+    with pytest.raises(ConfigurationError, match="did you mean 'macs'"):
+        ChannelPruning(of="flops")
+    with pytest.raises(ConfigurationError, match="did you mean 'l2'"):
+        ChannelPruning("magnitude")
+    assert "did you mean 'magnitude'" in str(unknown_name("criterion", "magnitud", ["l2", "magnitude"]))
+
+
+def test_a_class_in_place_of_an_instance_is_told_apart() -> None:
+    with pytest.raises(ConfigurationError, match=r"is the class Random: give an instance, such as Random\(\)"):
+        ChannelPruning(Random)
+    with pytest.raises(ConfigurationError, match=r"the schedule is the class OneShot: .* such as OneShot\(\)"):
+        ChannelPruning(schedule=OneShot)
+
+
+def test_a_number_in_place_of_a_name_belongs_elsewhere() -> None:
+    with pytest.raises(ConfigurationError, match=r"unknown criterion 0\.5: .* as in remove=0\.5"):
+        ChannelPruning(0.5)

@@ -43,6 +43,20 @@ def test_help_names_every_command(capsys):
         assert f"  {command}" in out
 
 
+INSPECT = ["inspect", "lightning_prune.recipes.DigitsResNet", "--shape", "[2,1,8,8]"]
+
+
+@pytest.mark.parametrize("command", ["inspect", "report", "export", "demo"])
+def test_every_command_speaks_of_itself_and_gives_an_example(capsys, command):
+    status, _, err = said(capsys, [command, "--hlep"])
+    assert status == 2
+    assert f"usage: lightning-prune {command} " in err
+    assert f"lightning-prune {command} --help" in err
+    status, out, _ = said(capsys, [command, "--help"])
+    assert status == 0
+    assert f"example: lightning-prune {command} " in out
+
+
 @pytest.mark.parametrize(
     ("words", "hint"),
     [
@@ -51,6 +65,14 @@ def test_help_names_every_command(capsys):
         (["inspect", "torchvison.models.resnet18", "--shape", "[1,3,32,32]"], "cannot import 'torchvison.models'"),
         (["inspect", "torchvision.models.resnet18"], "--shape"),
         (["inspect", "torchvision.models.list_models", "--shape", "[1]"], "makes a list, not a torch module"),
+        (["inspect", "resnet18", "--shape", "[1,3,32,32]"], "give all of it, such as my_package.resnet18"),
+        (["inspect", "torchvision.models.__name__", "--shape", "[1]"], "is a str: name a class"),
+        ([*INSPECT, "--init", '{"widht": 8}'], "unknown --init argument 'widht': did you mean 'width'?"),
+        (["inspect", "torchvision.models.resnet18", "--init", '{"widht": 8}'], "argument 'widht' (resnet.py:"),
+        ([*INSPECT, "--init", '{"width": -8}'], "could not be made: RuntimeError"),
+        ([*INSPECT, "--tolerate", "5%"], "--tolerate says how to measure the sensitivity: add --sensitivity"),
+        ([*INSPECT, "--data", "my_package.Data"], "--data says how to measure the sensitivity: add --sensitivity"),
+        (["report", "nowhere"], "cannot read a pruning report from nowhere"),
     ],
 )
 def test_a_wrong_word_gets_help(capsys, words, hint):
@@ -75,6 +97,48 @@ def test_a_mistyped_option_gets_help(capsys, option, hint):
     assert hint in err
 
 
+@pytest.mark.parametrize(
+    ("callback", "hint"),
+    [
+        ("{remove: 50}", "remove must be a fraction in [0, 1), but is 50.0. Did you mean 0.5?"),
+        ("{criterion: {class_path: lightning_prune.Norm, init_args: {p: -1}}}", "p must be above 0"),
+    ],
+)
+def test_a_wrong_value_in_a_config_is_told_in_one_line(capsys, tmp_path, callback, hint):
+    config = EXAMPLE.read_text()
+    lines = [
+        line.split("init_args:")[0] + f"init_args: {callback}" for line in config.splitlines() if "of: macs" in line
+    ]
+    assert len(lines) == 1
+    config = "\n".join(lines[0] if "of: macs" in line else line for line in config.splitlines())
+    (tmp_path / "config.yaml").write_text(config)
+    status, _, err = said(capsys, ["fit", "--config", str(tmp_path / "config.yaml")])
+    assert status == 2
+    assert err.strip().splitlines()[-1].startswith("lightning-prune: ")
+    assert hint in err
+    assert "Does not validate" not in err
+
+
+def test_a_wrong_value_of_data_is_told_in_one_line(capsys):
+    status, _, err = said(capsys, ["fit", "--config", str(EXAMPLE), "--data.init_args.batch_size=-3"])
+    assert status == 2
+    assert err.strip().splitlines()[-1].startswith("lightning-prune: batch_size=-3 is not a size")
+
+
+def test_inspect_tells_how_much_can_go_at_most(capsys):
+    from lightning_prune import shrink, trace
+    from lightning_prune.recipes import DigitsResNet
+
+    model, images = DigitsResNet(width=8, blocks=1), torch.randn(2, 1, 8, 8)
+    _, out, _ = said(capsys, [*INSPECT, "--init", '{"width": 8, "blocks": 1}'])
+    told = float(re.search(r"parameters, of which at most ([\d.]+)% can go", out).group(1))
+    graph, before = trace(model, images), sum(p.numel() for p in model.parameters())
+    shrink(model, graph, {name: torch.tensor([0]) for name in graph.groups})
+    share = 100 * (1 - sum(p.numel() for p in model.parameters()) / before)
+    assert 0 <= share - told < 0.1
+    assert re.search(r"MACs for one sample, of which at most 9\d\.\d% can go", out)
+
+
 def test_inspect_prints_groups_refusals_and_costs(capsys):
     status, out, _ = said(
         capsys, ["inspect", "lightning_prune.recipes.DigitsResNet", "--init", '{"width": 8}', "--shape", "[2,1,8,8]"]
@@ -88,6 +152,13 @@ def test_inspect_prints_groups_refusals_and_costs(capsys):
 SENSITIVITY = ["inspect", "lightning_prune.recipes.DigitsResNet", "--sensitivity", "--batches", "1"]
 DIGITS = ["--data", "lightning_prune.datamodules.DigitsDataModule"]
 TINY = ["--init", '{"width": 4, "blocks": 1}']
+
+
+def pasted(out):
+    """What the last line makes where it is pasted into a script."""
+    import lightning_prune
+
+    return eval(out.strip().splitlines()[-1], vars(lightning_prune))
 
 
 def test_inspect_measures_the_sensitivity_of_a_checkpoint(capsys, tmp_path):
@@ -112,7 +183,8 @@ def test_inspect_measures_the_sensitivity_of_a_checkpoint(capsys, tmp_path):
     status, out, err = said(capsys, [*words, *options])
     assert status == 0, err
     assert float(re.search(r"([\d.]+) with nothing off", out).group(1)) > 30
-    ratios = json.loads(out.strip().splitlines()[-1])
+    assert "without --checkpoint" not in err
+    ratios = pasted(out).ratios
     assert re.search(r"^net\.0 +4 +[\d.]+$", out, re.MULTILINE)
     assert set(ratios) >= {"net.0", "net.5.conv1"}
     assert set(ratios.values()) <= {0.0, 0.5}
@@ -128,7 +200,7 @@ def test_inspect_measures_the_sensitivity_of_a_checkpoint(capsys, tmp_path):
             ["inspect", "torchvision.models.resnet18", "--shape", "[2,3,32,32]", "--sensitivity"],
             "is no LightningModule",
         ),
-        ([*SENSITIVITY, *TINY], "cannot be validated"),
+        ([*SENSITIVITY, *TINY], "with the Lightning Trainer. It needs a validation_step"),
         (
             [*SENSITIVITY, *TINY, "--data", "lightning_prune.datamodules.DigitsDataModul"],
             "did you mean 'DigitsDataModule'",
@@ -144,6 +216,17 @@ def test_what_cannot_be_measured_gets_help(capsys, words, hint):
     status, _, err = said(capsys, words)
     assert status == 2
     assert hint in err
+
+
+def test_inspect_warns_of_random_weights_and_takes_one_pattern_and_gives_a_whole_line(capsys):
+    options = ["--patterns", "net.3.*", "--shares", "[0.5]", "--tolerate", "100%", "--criterion", "l1"]
+    status, out, err = said(capsys, [*SENSITIVITY, *TINY, *DIGITS, *options])
+    assert status == 0, err
+    assert "without --checkpoint, 'lightning_prune.recipes.DigitsResNet' is measured with the weights" in err
+    callback = pasted(out)
+    assert (callback.criterion, callback.norms, callback.inner) == ("l1", "exact", None)
+    assert callback.include == ["net.3.*"]
+    assert callback.ratios == {"net.3.*": 0.5}
 
 
 def test_print_config_shows_every_default(capsys):

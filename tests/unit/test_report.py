@@ -116,6 +116,14 @@ def test_report_without_optional_parts_gives_itself_back():
     assert PruneReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
+def test_a_report_that_is_not_there_or_not_text_is_named(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"cannot read a pruning report from .*nowhere: No such file"):
+        PruneReport.from_json(tmp_path / "nowhere")
+    (tmp_path / "pruned.ckpt").write_bytes(b"\x80\x02\xff")
+    with pytest.raises(ConfigurationError, match=r"pruned\.ckpt does not hold a pruning report"):
+        PruneReport.from_json(tmp_path / "pruned.ckpt")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

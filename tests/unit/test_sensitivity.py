@@ -125,7 +125,7 @@ def test_ratios_go_into_channel_pruning_as_they_are():
         curve.name: curve.kept[found.shares.index(ratios[curve.name])] if ratios[curve.name] else curve.width
         for curve in found.curves
     }
-    callback = pruning(ratios=ratios, remove=0.0, schedule=OneShot(0, "step"))
+    callback = pruning(ratios=ratios, schedule=OneShot(0, "step"))
     fit(callback, module=module, epochs=1)
     assert {group.name: group.after for group in callback.report.groups} == expected
 
@@ -140,6 +140,13 @@ def test_groups_of_a_pattern_are_cut_together():
     ]
     with pytest.raises(ConfigurationError, match=r"unknown channel group in patterns 'net.44'.*did you mean 'net.4'"):
         measure_sensitivity(module, graph, BATCHES, patterns=["net.44"])
+
+
+def test_a_plain_string_is_one_pattern():
+    module = small_net()
+    graph = trace(module, SAMPLES)
+    found = measure_sensitivity(module, graph, BATCHES, shares=[0.5], patterns="net.[04]")
+    assert found == measure_sensitivity(module, graph, BATCHES, shares=[0.5], patterns=["net.[04]"])
 
 
 def test_table_csv_and_figure(tmp_path):

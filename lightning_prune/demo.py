@@ -71,7 +71,7 @@ def _train_and_test(trainer: Trainer, model: LightningModule, data: LightningDat
 
 def _load_again(model: LightningModule, data: LightningDataModule, path: Path) -> None:
     """Load the checkpoint into a new module, without callback or Trainer, and compare its predictions."""
-    again = load_pruned(path, type(model)).eval()
+    again = load_pruned(path, type(model), map_location="cpu").eval()
     model.cpu().eval()
     images = torch.cat([batch[0] for batch in data.test_dataloader()])
     with torch.no_grad():

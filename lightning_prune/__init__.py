@@ -30,6 +30,7 @@ from lightning_prune.callbacks.width_record import WidthSearch
 from lightning_prune.checkpoint import load_pruned
 from lightning_prune.criteria import CHIP, FPGM, NISP, BatchNormScale, Criterion, Norm, Random, Taylor, ThiNet
 from lightning_prune.criteria.activations import ActivationCriterion, APoZ, HRank
+from lightning_prune.criteria.base import entries, producers
 from lightning_prune.criteria.hessian import Hessian
 from lightning_prune.criteria.weights import (
     LAMP,
@@ -45,7 +46,8 @@ from lightning_prune.criteria.weights import (
     WeightSource,
 )
 from lightning_prune.errors import BudgetError, ConfigurationError, PruneError, ShrinkError, TraceError
-from lightning_prune.graph.channels import ChannelGraph, ChannelGroup, Slot
+from lightning_prune.graph.calls import Call
+from lightning_prune.graph.channels import ChannelGraph, ChannelGroup, Refusal, Slot
 from lightning_prune.graph.rules import register_rule
 from lightning_prune.patterns import PatternMining
 from lightning_prune.penalties import BatchNormISTA, ChannelPenalty, GroupLasso, GroupNormDecay, Slimming
@@ -59,11 +61,11 @@ from lightning_prune.reinit import (
     Rewind,
 )
 from lightning_prune.reinit import Random as RandomReinit
-from lightning_prune.report import PruneReport
-from lightning_prune.schedules import Cosine, Cubic, Geometric, Linear, OneShot, Schedule
+from lightning_prune.report import GroupWidth, PruneReport, Request, Round, Totals
+from lightning_prune.schedules import Cosine, Cubic, Geometric, Linear, OneShot, Position, Schedule
 from lightning_prune.scoring import Stage, StageLoss
 from lightning_prune.search import Annealing, CrossEntropy, Genetic, ParticleSwarm, Search
-from lightning_prune.sensitivity import Sensitivity, measure_sensitivity
+from lightning_prune.sensitivity import Curve, Sensitivity, measure_sensitivity
 from lightning_prune.surgery import shrink, trace
 
 __all__ = [
@@ -81,6 +83,7 @@ __all__ = [
     "BatchNormScale",
     "BayesianPruning",
     "BudgetError",
+    "Call",
     "ChannelGraph",
     "ChannelGroup",
     "ChannelLotteryTicket",
@@ -91,6 +94,7 @@ __all__ = [
     "Criterion",
     "CrossEntropy",
     "Cubic",
+    "Curve",
     "DecisionPatternPruning",
     "Distillation",
     "DynamicNetworkSurgery",
@@ -102,6 +106,7 @@ __all__ = [
     "GraSP",
     "GroupLasso",
     "GroupNormDecay",
+    "GroupWidth",
     "GrowAndPrune",
     "HRank",
     "Hessian",
@@ -119,6 +124,7 @@ __all__ = [
     "OneShot",
     "ParticleSwarm",
     "PatternMining",
+    "Position",
     "ProbMask",
     "PruneError",
     "PruneReport",
@@ -126,10 +132,13 @@ __all__ = [
     "Random",
     "RandomReinit",
     "RandomWeights",
+    "Refusal",
     "RegularisedPruning",
     "Reinit",
+    "Request",
     "Rewind",
     "RigL",
+    "Round",
     "Schedule",
     "ScoringNetPruning",
     "Search",
@@ -147,6 +156,7 @@ __all__ = [
     "SynFlow",
     "Taylor",
     "ThiNet",
+    "Totals",
     "TraceError",
     "Wanda",
     "WatchingCriterion",
@@ -155,8 +165,10 @@ __all__ = [
     "WeightSource",
     "WidthSearch",
     "__version__",
+    "entries",
     "load_pruned",
     "measure_sensitivity",
+    "producers",
     "register_rule",
     "shrink",
     "trace",

@@ -136,6 +136,11 @@ def entries(slots: Iterable[Slot], tensors: Mapping[str, Tensor]) -> Tensor:
 
     Raises:
         PruneError: If ``tensors`` lacks one of the slots' tensors.
+
+    Example:
+        >>> slot = Slot("fc.weight", 0, torch.tensor([[0], [2]]), "producer")
+        >>> entries([slot], {"fc.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])}).tolist()
+        [[1.0, 2.0], [5.0, 6.0]]
     """
     parts = []
     for slot in slots:
@@ -150,7 +155,14 @@ def entries(slots: Iterable[Slot], tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def producers(group: ChannelGroup) -> tuple[Slot, ...]:
-    """The slots that make a group's channels, or every slot with weights where no parameter makes them."""
+    """The slots that make a group's channels, or every slot with weights where no parameter makes them.
+
+    Example:
+        >>> index = torch.arange(2)[:, None]
+        >>> slots = Slot("a.weight", 0, index, "producer"), Slot("b.weight", 1, index, "consumer")
+        >>> producers(ChannelGroup("a", slots, slots[1:]))
+        (Slot('a.weight', dim=0, producer, 2 units),)
+    """
     return group.with_role("producer") or group.with_role(*WEIGHT_ROLES)
 
 

@@ -10,7 +10,7 @@ from lightning_prune.demo import _load_again
 from lightning_prune.recipes import DigitsResNet
 
 
-def test_a_checkpoint_of_a_gpu_is_checked_on_the_cpu(tmp_path, capsys):
+def test_a_checkpoint_of_another_device_is_checked_on_the_cpu(tmp_path, capsys):
     model, data = DigitsResNet(width=4, blocks=1), DigitsDataModule()
     trainer = L.Trainer(
         max_steps=1, limit_val_batches=0, accelerator="cpu", logger=False, enable_checkpointing=False,
@@ -19,10 +19,10 @@ def test_a_checkpoint_of_a_gpu_is_checked_on_the_cpu(tmp_path, capsys):
     trainer.fit(model, data)
     trainer.save_checkpoint(tmp_path / "cpu.ckpt")
     registered = list(torch.serialization._package_registry)
-    torch.serialization.register_package(0, lambda storage: "cuda:0", lambda storage, location: None)
+    torch.serialization.register_package(0, lambda storage: "meta", lambda storage, location: None)
     try:
         saved = torch.load(tmp_path / "cpu.ckpt", weights_only=False)
-        torch.save(saved, tmp_path / "pruned.ckpt")  # as if its tensors had been on a GPU
+        torch.save(saved, tmp_path / "pruned.ckpt")  # as if its tensors had been on another device
     finally:
         torch.serialization._package_registry[:] = registered
     _load_again(model, data, tmp_path / "pruned.ckpt")

@@ -63,7 +63,8 @@ class ChannelPruning(RepairingRounds):
         min_channels: Fewest channels of a group, as a number or as a share of its width in (0, 1).
         reinit: What becomes of the weights after each round: ``"keep"``, ``"random"`` (drawn anew), something of the
             initial weights (``"rewind"``, ``"sign"``, ``"distribution"``, ``"magnitude"``, ``"sign+distribution"``),
-            or a :class:`~lightning_prune.Reinit`.
+            or a :class:`~lightning_prune.Reinit`. That is of the whole network, also of layers that ``include`` and
+            ``exclude`` leave whole; what is frozen (``requires_grad=False``) stays as it is.
         shrink: Remove channels physically at each round (``"rounds"``), when training ends (``"end"``; masked until
             then), or not at all (``"never"``; nothing gets faster).
         norms: ``"exact"`` keeps whole what a layer, group or RMS norm takes its statistics over, such as the residual

@@ -221,9 +221,9 @@ class Annealing(Search):
 
 @dataclass(frozen=True)
 class CrossEntropy(Search):
-    """Points are drawn from a normal distribution, which is fitted to the best of them again and again.
+    """A search by the cross-entropy method (Rubinstein & Kroese, 2004), not a loss.
 
-    It is the cross-entropy method of Rubinstein & Kroese (2004).
+    Points are drawn from a normal distribution, which is fitted to the best of them again and again.
 
     Args:
         population: As for :class:`Search`.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 import zlib
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from typing_extensions import override
 from lightning_prune.budget import check_fraction
 from lightning_prune.callbacks.method import PruningMethod
 from lightning_prune.callbacks.monitors import Monitors, best_paths, forget_best, wait_anew
+from lightning_prune.callbacks.naming import Patterns, as_patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.outcome import (
     log_final_metrics,
@@ -73,7 +73,7 @@ class PruningCallback(PruningMethod, Callback):
         recalibrate: int,
         seed: int,
         directory: str | None,
-        inner: Sequence[str] | None = None,
+        inner: Patterns | None = None,
         monitors: Monitors = "keep",
     ) -> None:
         """Check what can be checked without a network."""
@@ -87,7 +87,7 @@ class PruningCallback(PruningMethod, Callback):
         self.recalibrate = recalibrate
         self.seed = seed
         self.directory = directory
-        self.inner = inner
+        self.inner = as_patterns(inner)
         self.monitors = monitors
         self._schedule = schedule_from(schedule)
         self._reinit = reinit_from(reinit)

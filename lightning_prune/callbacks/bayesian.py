@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal, Union
 
 import torch
@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_prune.bayes import Beta, ranking, share_gone
 from lightning_prune.budget import Scope
 from lightning_prune.callbacks.base import Shrink
+from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.soft_exit import SoftExit
 from lightning_prune.choices import unknown_name
@@ -84,8 +85,8 @@ class BayesianPruning(SoftExit):
         ridge: float = 1e-3,
         soft: bool = True,
         scope: Scope = "global",
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
         ratios: Mapping[str, float] | None = None,
         round_to: int = 1,
         min_channels: Union[int, float] = 1,  # noqa: UP007

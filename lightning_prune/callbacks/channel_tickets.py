@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, Union
 
 from lightning_prune.budget import Scope as ChannelScope
 from lightning_prune.callbacks.channels import ChannelPruning, Measure
 from lightning_prune.callbacks.monitors import Monitors
+from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.tickets import checked_step, equal_parts
 from lightning_prune.criteria import Criterion, CriterionName
 from lightning_prune.errors import ConfigurationError
@@ -53,8 +53,8 @@ class ChannelLotteryTicket(ChannelPruning):
         rewind_to: int = 0,
         criterion: Union[CriterionName, Criterion] = "l2",  # noqa: UP007
         scope: ChannelScope = "global",
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
         reinit: Union[ReinitName, Reinit] = "rewind",  # noqa: UP007
         shrink: Literal["end", "never"] = "end",
         verify: bool = True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Literal, Union
@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_prune.budget import Limits, Scope, check_fraction, reachable, select
 from lightning_prune.callbacks.base import Shrink
 from lightning_prune.callbacks.monitors import Monitors
+from lightning_prune.callbacks.naming import Patterns, as_patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.repair import RepairingRounds, RepairName, checked_repair
 from lightning_prune.choices import unknown_name
@@ -55,7 +56,7 @@ class ChannelPruning(RepairingRounds):
             ``"cosine"``, or a :class:`~lightning_prune.Schedule`.
         scope: Channels compete with all others (``"global"``), with those of their group (``"group"``), or with those
             of groups of the same shape (``"isomorphic"``, Fang et al., 2024).
-        include: Patterns of module names (as in ``fnmatch``) whose channels may go; default all.
+        include: Patterns of module names (as in ``fnmatch``), or a single one, whose channels may go; default all.
         exclude: Patterns of module names whose channels stay.
         ratios: Fraction of channels to remove for the groups that match a pattern; the others meet the budget. Where
             there is one for each group, ``remove`` does not count.
@@ -103,15 +104,15 @@ class ChannelPruning(RepairingRounds):
         of: Measure = "macs",
         schedule: Union[ScheduleName, Schedule] = "cubic",  # noqa: UP007
         scope: Scope = "global",
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
         ratios: Mapping[str, float] | None = None,
         round_to: int = 1,
         min_channels: Union[int, float] = 1,  # noqa: UP007
         reinit: Union[ReinitName, Reinit] = "keep",  # noqa: UP007
         shrink: Shrink = "rounds",
         norms: Norms = "exact",
-        inner: Sequence[str] | None = None,
+        inner: Patterns | None = None,
         verify: bool = True,
         recalibrate: int = 0,
         seed: int = 0,
@@ -129,8 +130,8 @@ class ChannelPruning(RepairingRounds):
             raise unknown_name("scope", scope, ["global", "group", "isomorphic"])
         self.criterion = criterion
         self.scope = scope
-        self.include = include
-        self.exclude = exclude
+        self.include = as_patterns(include)
+        self.exclude = as_patterns(exclude)
         self.ratios = ratios
         self.round_to = round_to
         self.min_channels = min_channels
@@ -306,8 +307,7 @@ class ChannelPruning(RepairingRounds):
 
 def _makers(group: ChannelGroup) -> list[str]:
     """Names under which a group is known: its own, and those of all modules that make its channels."""
-    paths = [group.name, *(slot.tensor.rpartition(".")[0] for slot in group.with_role("producer"))]
-    return [uncompiled_name(path) for path in paths]
+    return [uncompiled_name(path) for path in (group.name, *group.makers)]
 
 
 def _matches(group: ChannelGroup, patterns: Iterable[str]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Union
 
@@ -14,6 +13,7 @@ from typing_extensions import override
 from lightning_prune.budget import Scope
 from lightning_prune.callbacks.base import Shrink
 from lightning_prune.callbacks.channels import Measure
+from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.width_record import WidthSearch
 from lightning_prune.callbacks.width_search import WidthSearching, budget_for, schedule_for
@@ -71,7 +71,7 @@ class DecisionPatternPruning(WidthSearching):
         schedule: Union[ScheduleName, Schedule] = "one_shot",  # noqa: UP007
         reinit: Union[ReinitName, Reinit] = "random",  # noqa: UP007
         mining: PatternMining | None = None, unpruned_ok: bool = False, scope: Scope = "group",
-        include: Sequence[str] | None = None, exclude: Sequence[str] | None = None, round_to: int = 1,
+        include: Patterns | None = None, exclude: Patterns | None = None, round_to: int = 1,
         min_channels: Union[int, float] = 1, shrink: Shrink = "rounds", verify: bool = True,  # noqa: UP007
         seed: int = 0, directory: str | None = None,
     ) -> None:  # fmt: skip

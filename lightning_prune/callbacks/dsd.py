@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from typing_extensions import override
 
 from lightning_prune.callbacks.monitors import Monitors
+from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.weights import WeightPruning
 from lightning_prune.errors import ConfigurationError
@@ -45,8 +44,8 @@ class DSD(WeightPruning):
         remove: float = 0.3,
         start: float = 1 / 3,
         end: float = 2 / 3,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
         directory: str | None = None,
         monitors: Monitors = "keep",
     ) -> None:

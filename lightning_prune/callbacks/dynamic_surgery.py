@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, Union
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.callbacks.monitors import Monitors
+from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.revivable import RevivablePruning, Tensors
 from lightning_prune.errors import ConfigurationError
@@ -47,8 +47,8 @@ class DynamicNetworkSurgery(RevivablePruning):
 
     def __init__(
         self, remove: float = 0.9, schedule: Union[ScheduleName, Schedule] = "cubic", scope: Scope = "global",  # noqa: UP007
-        gamma: float = 1e-4, power: float = 1.0, include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None, floor: Union[int, float] = 0.001,  # noqa: UP007
+        gamma: float = 1e-4, power: float = 1.0, include: Patterns | None = None,
+        exclude: Patterns | None = None, floor: Union[int, float] = 0.001,  # noqa: UP007
         shrink: Literal["end", "never"] = "end", verify: bool = True, seed: int = 0, directory: str | None = None,
         monitors: Monitors = "keep",
     ) -> None:  # fmt: skip

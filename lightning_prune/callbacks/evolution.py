@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Union
 
 import torch
@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_prune.callbacks.base import Shrink
 from lightning_prune.callbacks.channels import ChannelPruning, Measure
 from lightning_prune.callbacks.monitors import Monitors
+from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.criteria import Criterion, CriterionName
 from lightning_prune.errors import ConfigurationError
@@ -65,7 +66,7 @@ class EvolutionarySearch(ChannelPruning):
         remove: float = 0.5, of: Measure = "macs",
         criterion: Union[CriterionName, Criterion] = "l2",  # noqa: UP007
         population: int = 16, generations: int = 20, batches: int = 4, at: float = 0.3, unit: Unit = "fraction",
-        include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
+        include: Patterns | None = None, exclude: Patterns | None = None,
         ratios: Mapping[str, float] | None = None, round_to: int = 1,
         min_channels: Union[int, float] = 1, reinit: Union[ReinitName, Reinit] = "keep",  # noqa: UP007
         shrink: Shrink = "rounds", verify: bool = True, recalibrate: int = 0, seed: int = 0,

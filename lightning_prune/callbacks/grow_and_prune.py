@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal, Union
 
 import torch
@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_prune.annealing import annealed, best, falling, gaussian_scales, weighed
 from lightning_prune.callbacks.branching import branch_out, move_branches
+from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.phases import PhasedPruning
 from lightning_prune.callbacks.widening import grow
@@ -79,12 +80,11 @@ class GrowAndPrune(PhasedPruning):
         expand: float = 1.5, noise: float = 0.1, branches: bool = False,
         strength: float = 5e-4,
         start: float = 0.1, end: float = 0.7, interval: float = 0.05, unit: Unit = "fraction",
-        include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
+        include: Patterns | None = None, exclude: Patterns | None = None,
         round_to: int = 1,
         min_channels: Union[int, float] = 0.1,  # noqa: UP007
         shrink: Literal["rounds", "end"] = "rounds",
-        seed: int = 0,
-        directory: str | None = None,
+        seed: int = 0, directory: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(
             remove=remove, of=of, schedule=Linear(start, end, interval, unit), include=include, exclude=exclude,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal, Union
 
 import torch
@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_prune.budget import Scope
 from lightning_prune.callbacks.base import Shrink
 from lightning_prune.callbacks.channels import Measure
+from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.phases import PhasedPruning
 from lightning_prune.choices import unknown_name
@@ -72,8 +73,8 @@ class GReg(PhasedPruning):
         first_delta: float | None = None,
         first_ceiling: float = 0.01,
         scope: Scope = "global",
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
         ratios: Mapping[str, float] | None = None,
         shrink: Shrink = "rounds",
         directory: str | None = None,

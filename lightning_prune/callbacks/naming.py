@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Union
 
 from torch import nn
 
 from lightning_prune.choices import unknown_name
 from lightning_prune.compiled import uncompiled_name
 from lightning_prune.errors import ConfigurationError
+
+Patterns = Union[Sequence[str], str]  # noqa: UP007 - jsonargparse takes what is no list as one pattern
+"""Patterns of names, or a single one."""
+
+
+def as_patterns(given: Patterns | None) -> Sequence[str] | None:
+    """A list of patterns, where a single one stands for a list of it.
+
+    Example:
+        >>> as_patterns("layer1.*"), as_patterns(["a", "b"]), as_patterns(None)
+        (['layer1.*'], ['a', 'b'], None)
+    """
+    return [given] if isinstance(given, str) else given
 
 
 def maskable_names(module: nn.Module) -> list[str]:

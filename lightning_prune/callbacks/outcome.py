@@ -13,6 +13,9 @@ from lightning_prune.callbacks.monitors import best_paths
 from lightning_prune.callbacks.network import Network
 from lightning_prune.report import GroupWidth, PruneReport, Request, Round, Totals
 
+_NEAR = 0.005
+"""How far below what was requested a fraction may be without a remark."""
+
 _METRICS = {"removed": "max", "channels": "min", "parameters": "min", "macs": "min"}
 """Numbers to log, and how values of one epoch are reduced so that the last one stays: a network never grows."""
 
@@ -45,14 +48,20 @@ def make_report(
         requested=requested,
         reached=record["now"]["removed"],
         refused=tuple(network.graph.refused),
-        notes=(*notes, *_notes(record, network)),
+        notes=(*notes, *_notes(record, network, requested)),
         weights=tuple(GroupWidth(name, record["eligible"][name], kept) for name, kept in network.weights.kept.items()),
         history=tuple(Round(int(epoch), int(step), float(share)) for epoch, step, share in record["rounds"]),
     )
 
 
-def _notes(record: Mapping[str, Any], network: Network) -> list[str]:
+def _notes(record: Mapping[str, Any], network: Network, requested: Request) -> list[str]:
     notes = []
+    short = requested.fraction - record["now"]["removed"]
+    if record["level"] >= 1 and requested.measure not in ("latency", "weights") and short > _NEAR:
+        notes.append(
+            f"{short:.1%} less than requested: whole channels, round_to, min_channels and what had to stay whole allow "
+            f"no nearer value"
+        )
     if record["level"] < 1 and (network.graph.groups or network.weights.keep):
         notes.append("the fit ended before the last round of the schedule, so the budget was not reached")
     if network.weights.keep:

@@ -15,7 +15,7 @@ from torch.optim import LBFGS, SGD, Adam, Optimizer
 from typing_extensions import override
 
 from lightning_prune.callbacks.base import PruningCallback
-from lightning_prune.callbacks.naming import check_names, chosen_names, maskable_names
+from lightning_prune.callbacks.naming import Patterns, as_patterns, check_names, chosen_names, maskable_names
 from lightning_prune.callbacks.network import Network
 from lightning_prune.choices import unknown_name
 from lightning_prune.effective import EffectiveWeights
@@ -56,8 +56,8 @@ class RandomNetwork(PruningCallback):
         lr: float,
         momentum: float,
         weight_decay: float,
-        include: Sequence[str] | None,
-        exclude: Sequence[str] | None,
+        include: Patterns | None,
+        exclude: Patterns | None,
         floor: float,
         shrink: Literal["end", "never"],
         verify: bool,
@@ -83,8 +83,8 @@ class RandomNetwork(PruningCallback):
         self.lr = lr
         self.momentum = momentum
         self.weight_decay = weight_decay
-        self.include = include
-        self.exclude = exclude
+        self.include = as_patterns(include)
+        self.exclude = as_patterns(exclude)
         self.floor = floor
         self._effective: EffectiveWeights | None = None
         self._optimizer: Optimizer | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Union
 
 from torch.optim import Optimizer
@@ -12,6 +12,7 @@ from lightning_prune.budget import Scope
 from lightning_prune.callbacks.base import Shrink
 from lightning_prune.callbacks.channels import Measure
 from lightning_prune.callbacks.monitors import Monitors
+from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.phases import PhasedPruning
 from lightning_prune.callbacks.support import has_no_end
@@ -68,10 +69,10 @@ class RegularisedPruning(PhasedPruning):
         penalty_start: float = 0.0, criterion: Union[CriterionName, Criterion] = "l2",  # noqa: UP007
         remove: float = 0.5, of: Measure = "macs",
         schedule: Union[ScheduleName, Schedule] = "one_shot",  # noqa: UP007
-        scope: Scope = "global", include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
+        scope: Scope = "global", include: Patterns | None = None, exclude: Patterns | None = None,
         ratios: Mapping[str, float] | None = None, round_to: int = 1,
         min_channels: Union[int, float] = 1,  # noqa: UP007
-        shrink: Shrink = "rounds", norms: Norms = "exact", inner: Sequence[str] | None = None, verify: bool = True,
+        shrink: Shrink = "rounds", norms: Norms = "exact", inner: Patterns | None = None, verify: bool = True,
         recalibrate: int = 0, seed: int = 0, directory: str | None = None, monitors: Monitors = "keep",
     ) -> None:  # fmt: skip
         super().__init__(

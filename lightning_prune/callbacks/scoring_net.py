@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_prune.budget import Scope
 from lightning_prune.callbacks.base import Shrink
+from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.scored_network import schedule_of, scored_network
 from lightning_prune.callbacks.scorer_files import ScorerPruning
@@ -85,8 +86,8 @@ class ScoringNetPruning(ScorerPruning):
         save_scorer: str | None = None,
         schedule: Union[ScheduleName, Schedule, None] = None,  # noqa: UP007
         scope: Scope = "global",
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
         round_to: int = 1,
         min_channels: Union[int, float] = 1,  # noqa: UP007
         shrink: Shrink = "rounds",

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.callbacks.base import Shrink
+from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.subnet_methods import SubnetPruning
 from lightning_prune.callbacks.subnets import SubnetTraining
@@ -78,8 +79,8 @@ class SearchAndTrain(SubnetPruning):
         self, remove: float = 0.5, of: Literal["channels", "params", "macs"] = "macs", coarse: float = 0.1,
         at: float = 0.3, unit: Unit = "fraction", iterations: int = 10, alpha_every: int = 5, alpha_lr: float = 0.005,
         variance: float = 0.1, thresholds: Sequence[float] | None = None, threshold_lr: float = 0.01,
-        candidates: int = 4, noise: float = 0.05, batches: int = 4, include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None, round_to: int = 1, min_channels: int | float = 1,
+        candidates: int = 4, noise: float = 0.05, batches: int = 4, include: Patterns | None = None,
+        exclude: Patterns | None = None, round_to: int = 1, min_channels: int | float = 1,
         shrink: Shrink = "rounds", verify: bool = True, recalibrate: int = 0, seed: int = 0,
         directory: str | None = None, robust: bool = False, teachers: Sequence[str] | None = None,
         output_of: str | None = None, labels: str | int | None = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, Union
 
 from torch import Tensor
@@ -10,6 +9,7 @@ from typing_extensions import override
 
 from lightning_prune.buckets import SmallWeights
 from lightning_prune.callbacks.monitors import Monitors
+from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.trial_masks import TrialMasks
 from lightning_prune.callbacks.weights import WeightPruning
@@ -62,7 +62,7 @@ class SmallWeightSearch(WeightPruning):
         remove: float = 0.9, small_fraction: float = 0.3,
         optimizer: Union[SearchName, Search, None] = "genetic", batches: int = 16, sweeps: int = 20,  # noqa: UP007
         schedule: Union[ScheduleName, Schedule] = "one_shot",  # noqa: UP007
-        scope: Scope = "global", include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
+        scope: Scope = "global", include: Patterns | None = None, exclude: Patterns | None = None,
         floor: Union[int, float] = 0.001, reinit: Union[ReinitName, Reinit] = "keep",  # noqa: UP007
         shrink: Literal["end", "never"] = "end", verify: bool = True, recalibrate: int = 0, seed: int = 0,
         directory: str | None = None, monitors: Monitors = "keep",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Union
 
 from typing_extensions import override
@@ -11,6 +11,7 @@ from lightning_prune.budget import Scope
 from lightning_prune.callbacks.base import Shrink
 from lightning_prune.callbacks.channels import Measure
 from lightning_prune.callbacks.monitors import Monitors
+from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.phases import PhasedPruning
 from lightning_prune.criteria import Criterion, CriterionName
@@ -66,8 +67,8 @@ class SoftFilterPruning(PhasedPruning):
         at: float = 0.8,
         unit: Unit = "fraction",
         scope: Scope = "global",
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
         ratios: Mapping[str, float] | None = None,
         round_to: int = 1,
         min_channels: Union[int, float] = 1,  # noqa: UP007

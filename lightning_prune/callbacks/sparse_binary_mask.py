@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, Union
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.random_network import Init, RandomNetwork, Step, check_temperatures
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.projection import entropic, top
@@ -66,7 +66,7 @@ class SparseBinaryMask(RandomNetwork):
         forward: Literal["anneal", "binary"] = "anneal",
         optimizer: Step = "normalised_sgd", lr: float = 0.01, momentum: float = 0.9,
         temperature: tuple[float, float] = (1.0, 0.05), anneal: float = 0.8, variance_match: bool = True,
-        include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
+        include: Patterns | None = None, exclude: Patterns | None = None,
         floor: Union[int, float] = 0.001, shrink: Literal["end", "never"] = "end", verify: bool = True,  # noqa: UP007
         recalibrate: int = 0, seed: int = 0, directory: str | None = None,
     ) -> None:  # fmt: skip

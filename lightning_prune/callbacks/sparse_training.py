@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal, Union
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.callbacks.monitors import Monitors
+from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.support import has_no_end, length_of
 from lightning_prune.callbacks.weights import WeightPruning
@@ -48,7 +48,7 @@ class SET(WeightPruning):
 
     def __init__(
         self, remove: float = 0.9, every: int = 100, fraction: float = 0.3, stop: float = 0.75, scope: Scope = "erk",
-        include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
+        include: Patterns | None = None, exclude: Patterns | None = None,
         floor: Union[int, float] = 0.001, shrink: Literal["end", "never"] = "end", verify: bool = True,  # noqa: UP007
         seed: int = 0, directory: str | None = None, monitors: Monitors = "keep",
     ) -> None:  # fmt: skip

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, Union
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.random_network import Init, RandomNetwork, Step
 from lightning_prune.weight_budget import Scope
 
@@ -52,7 +52,7 @@ class Supermask(RandomNetwork):
         optimizer: Step = "sgd",
         lr: float = 100.0,
         momentum: float = 0.9,
-        include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
+        include: Patterns | None = None, exclude: Patterns | None = None,
         floor: Union[int, float] = 0.001, shrink: Literal["end", "never"] = "end", verify: bool = True,  # noqa: UP007
         recalibrate: int = 0, seed: int = 0, directory: str | None = None,
     ) -> None:  # fmt: skip

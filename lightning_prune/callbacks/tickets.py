@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, Union
 
 from lightning_prune.callbacks.monitors import Monitors
+from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.weights import WeightPruning
 from lightning_prune.criteria.weights import WeightCriterion, WeightCriterionName
 from lightning_prune.errors import ConfigurationError
@@ -55,8 +55,8 @@ class LotteryTicket(WeightPruning):
         rewind_to: int = 0,
         criterion: Union[WeightCriterionName, WeightCriterion] = "magnitude",  # noqa: UP007
         scope: Scope = "global",
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
         floor: Union[int, float] = 0.001,  # noqa: UP007
         reinit: Union[ReinitName, Reinit] = "rewind",  # noqa: UP007
         shrink: Literal["end", "never"] = "end",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, Union, get_args
 
 import torch
@@ -12,7 +11,7 @@ from typing_extensions import override
 
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.monitors import Monitors
-from lightning_prune.callbacks.naming import check_names, chosen_names, maskable_names
+from lightning_prune.callbacks.naming import Patterns, as_patterns, check_names, chosen_names, maskable_names
 from lightning_prune.callbacks.network import Network
 from lightning_prune.choices import unknown_name
 from lightning_prune.criteria.weights import (
@@ -74,8 +73,8 @@ class WeightPruning(PruningCallback):
         remove: float = 0.9,
         schedule: Union[ScheduleName, Schedule] = "cubic",  # noqa: UP007
         scope: Scope | None = None,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
         floor: Union[int, float] = 0.001,  # noqa: UP007
         pattern: tuple[int, int] | None = None,
         reinit: Union[ReinitName, Reinit] = "keep",  # noqa: UP007
@@ -95,8 +94,8 @@ class WeightPruning(PruningCallback):
         if scope is not None and scope not in get_args(Scope):
             raise unknown_name("scope", scope, list(get_args(Scope)))
         self.criterion = criterion
-        self.include = include
-        self.exclude = exclude
+        self.include = as_patterns(include)
+        self.exclude = as_patterns(exclude)
         self.floor = floor
         self.pattern = pattern
         self._criterion = weight_criterion_from(criterion)

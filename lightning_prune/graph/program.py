@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -297,6 +298,7 @@ def _example_programs(model: nn.Module, example: Example, name: str, seed: int) 
     given, named = _arguments(example.inputs)
     if not callable(getattr(model, example.method, None)):
         raise ConfigurationError(f"{type(model).__name__} has no method '{example.method}' to run it by")
+    _check_call(model, example.method, given, named)
     tensors = [tensor for tensor in tree_leaves((given, named)) if isinstance(tensor, Tensor)]
     check_inputs(model, name, tensors)
 
@@ -319,6 +321,21 @@ def _example_programs(model: nn.Module, example: Example, name: str, seed: int) 
         return Program(spoken, run, training, count_samples((given, named)))
 
     return [program(training) for training in (False, True)]
+
+
+def _check_call(model: nn.Module, method: str, given: Sequence[Any], named: Mapping[str, Any]) -> None:
+    """Refuse example inputs that do not fit the parameters of a method, as far as these are known."""
+    try:
+        signature = inspect.signature(getattr(model, method))
+    except ValueError:
+        return
+    try:
+        signature.bind(*given, **named)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"{type(model).__name__}.{method} does not take these example inputs: {error}. A dict is taken as keyword "
+            f"arguments, a list or tuple as positional ones; to give one as the only argument, wrap it: (inputs,)"
+        ) from error
 
 
 def _copied(inputs: Any) -> Any:

@@ -37,7 +37,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class PatternMining:
-    """How patterns are looked for.
+    """How :class:`~lightning_prune.DecisionPatternPruning` looks for patterns.
 
     Args:
         samples: Number of training samples to look at.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from itertools import islice
@@ -103,4 +104,4 @@ def _drawn(sampler: Iterable[Any], count: int, seed: int) -> list[Any]:
         random.seed(seed)
         if hasattr(sampler, "generator"):
             sampler.generator = torch.Generator().manual_seed(seed)
-        return list(islice(sampler, count))
+        return list(islice(sampler, min(count, sys.maxsize)))

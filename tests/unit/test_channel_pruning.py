@@ -23,6 +23,7 @@ def pruned(module=None, **arguments):
     [
         ({"scope": "group"}, [6, 12, 12]),
         ({"include": ["net.4"]}, [12, 24, 12]),
+        ({"include": "net.4"}, [12, 24, 12]),
         ({"include": ["net.[04]"], "scope": "group"}, [6, 24, 12]),
         ({"exclude": ["net.4"], "scope": "group"}, [6, 12, 24]),
         ({"exclude": ["net.3.project"], "scope": "group"}, [12, 12, 12]),  # makes the same channels as net.0
@@ -220,3 +221,12 @@ def test_a_fit_that_stops_early_says_that_the_budget_was_not_reached():
     fit(callback, Stop(), epochs=5)
     assert callback.report.reached == pytest.approx(0.2)
     assert any("before the last round" in note for note in callback.report.notes)
+
+
+def test_a_budget_that_is_missed_for_want_of_a_nearer_width_is_remarked():
+    near, far = pruning(remove=0.31), pruning(remove=0.15, round_to=8)
+    for callback in (near, far):
+        fit(callback, epochs=2)
+    assert abs(near.report.reached - 0.31) < 0.01
+    assert not any("less than requested" in note for note in near.report.notes)
+    assert any(f"{0.15 - far.report.reached:.1%} less than requested" in note for note in far.report.notes)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lightning_prune import shrink, trace
+from lightning_prune import ConfigurationError, shrink, trace
 from tests.helpers import Net, random_keep
 
 
@@ -152,3 +152,12 @@ def test_parameters_side_by_side_in_one_piece_of_memory_are_cut():
         here, flat = flat[: parameter.numel()], flat[parameter.numel() :]
         parameter.data = here.view_as(parameter)
     assert cut(model, torch.randn(2, 4)) == [8]
+
+
+def test_inputs_that_do_not_fit_are_refused_with_the_remedy():
+    model = Net(lambda net, batch: net.inner(batch["x"]), inner=layers())
+    with pytest.raises(
+        ConfigurationError, match=r"Sequential\.forward does not take these example inputs.*wrap it: \(inputs,\)"
+    ):
+        trace(layers(), {"x": torch.randn(2, 4)})
+    assert cut(model, {"x": torch.randn(2, 4)}) == [8]

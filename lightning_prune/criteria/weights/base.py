@@ -14,7 +14,7 @@ from lightning_prune.weight_budget import Scope
 
 
 class WeightSource:
-    """What a criterion may ask of the network besides its weights; nothing is computed before it is asked for.
+    """Where criteria of single weights get gradients and input norms from; nothing is computed before it is asked for.
 
     All answers are dicts by full name with tensors of the weights' shapes, the same in all processes. This base has no
     network behind it and answers nothing; :class:`~lightning_prune.WeightPruning` hands out one that does.

@@ -288,6 +288,19 @@ def test_python_yaml_and_a_users_own_cli_give_the_same_widths(tmp_path, monkeypa
     assert sum(in_python.values()) < sum(before.values())
 
 
+def test_a_pruned_checkpoint_is_loaded_without_a_callback(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = EXAMPLE.read_text().replace("of: macs}", f"of: macs, directory: {tmp_path / 'pruned'}}}")
+    (tmp_path / "config.yaml").write_text(config)
+    (tmp_path / "plain.yaml").write_text(config[: config.index("  callbacks:")])
+    assert said(capsys, ["fit", "--config", "config.yaml", *SMALL])[0] == 0
+    plain = ["--config", "plain.yaml", *SMALL, "--ckpt_path", "pruned/pruned.ckpt"]
+    status, out, err = said(capsys, ["test", *plain])
+    assert (status, "test_accuracy" in out or "test_acc" in out) == (0, True), err
+    status, _, err = said(capsys, ["fit", *plain, "--trainer.default_root_dir=more"])  # which has come to its end
+    assert status == 0, err
+
+
 @pytest.mark.recipe
 def test_the_demo_does_the_main_job(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

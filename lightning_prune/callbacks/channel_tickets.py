@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, Union
 
 from lightning_prune.budget import Scope as ChannelScope
@@ -11,6 +12,7 @@ from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.tickets import checked_step, equal_parts
 from lightning_prune.criteria import Criterion, CriterionName
 from lightning_prune.errors import ConfigurationError
+from lightning_prune.graph.analysis import Norms
 from lightning_prune.reinit import Reinit, ReinitName
 
 
@@ -24,17 +26,10 @@ class ChannelLotteryTicket(ChannelPruning):
         of: As for :class:`~lightning_prune.ChannelPruning`.
         rounds: As for :class:`~lightning_prune.LotteryTicket`.
         rewind_to: As for :class:`~lightning_prune.LotteryTicket`.
-        criterion: As for :class:`~lightning_prune.ChannelPruning`.
-        scope: As for :class:`~lightning_prune.ChannelPruning`.
-        include: As for :class:`~lightning_prune.ChannelPruning`.
-        exclude: As for :class:`~lightning_prune.ChannelPruning`.
         reinit: As for :class:`~lightning_prune.LotteryTicket`.
         shrink: As for :class:`~lightning_prune.ChannelPruning`, but not at each round.
-        verify: As for :class:`~lightning_prune.ChannelPruning`.
-        recalibrate: As for :class:`~lightning_prune.ChannelPruning`.
-        seed: As for :class:`~lightning_prune.ChannelPruning`.
-        directory: As for :class:`~lightning_prune.ChannelPruning`.
-        monitors: As for :class:`~lightning_prune.ChannelPruning`.
+        criterion, scope, include, exclude, ratios, round_to, min_channels, norms, inner, verify, recalibrate, seed,
+            directory, monitors: As for :class:`~lightning_prune.ChannelPruning`.
 
     Raises:
         ConfigurationError: If an argument is wrong, or the first round comes before the step that is rewound to.
@@ -62,6 +57,11 @@ class ChannelLotteryTicket(ChannelPruning):
         seed: int = 0,
         directory: str | None = None,
         monitors: Monitors = "keep",
+        ratios: Mapping[str, float] | None = None,
+        round_to: int = 1,
+        min_channels: Union[int, float] = 1,  # noqa: UP007
+        norms: Norms = "exact",
+        inner: Patterns | None = None,
     ) -> None:
         if shrink not in ("end", "never"):
             raise ConfigurationError(
@@ -69,8 +69,8 @@ class ChannelLotteryTicket(ChannelPruning):
                 'width. Use shrink="end".'
             )
         super().__init__(
-            criterion, remove, of, equal_parts(rounds), scope, include, exclude, reinit=reinit, shrink=shrink,
-            verify=verify, recalibrate=recalibrate, seed=seed, directory=directory, monitors=monitors,
+            criterion, remove, of, equal_parts(rounds), scope, include, exclude, ratios, round_to, min_channels, reinit,
+            shrink, norms, inner, verify, recalibrate, seed, directory, monitors,
         )  # fmt: skip
         self.rounds = rounds
         self.rewind_to = checked_step(rewind_to)

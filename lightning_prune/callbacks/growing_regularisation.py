@@ -14,11 +14,14 @@ from typing_extensions import override
 from lightning_prune.budget import Scope
 from lightning_prune.callbacks.base import Shrink
 from lightning_prune.callbacks.channels import Measure
+from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.phases import PhasedPruning
+from lightning_prune.callbacks.repair import RepairName
 from lightning_prune.choices import unknown_name
 from lightning_prune.criteria import Criterion, CriterionName
+from lightning_prune.graph.analysis import Norms
 from lightning_prune.penalties import Growth, add_decay
 from lightning_prune.schedules import OneShot, Position, Unit
 
@@ -42,12 +45,8 @@ class GReg(PhasedPruning):
         ceiling: Last coefficient. Learning rate times this must be well below 1.
         first_delta: As delta, for the coefficient on all channels (the source: 1e-5), in at most half of the steps.
         first_ceiling: Its last value.
-        scope: This and all others: as for :class:`~lightning_prune.ChannelPruning`.
-        include: Channels that may go.
-        exclude: Channels that stay.
-        ratios: Fixed fractions by pattern.
-        shrink: When channels are removed physically.
-        directory: Where the checkpoint and the report are written.
+        scope, include, exclude, ratios, round_to, min_channels, shrink, norms, inner, verify, recalibrate, seed,
+            directory, monitors, repair, repair_batches: As for :class:`~lightning_prune.ChannelPruning`.
 
     Raises:
         ConfigurationError: If an argument is wrong, or the growth does not fit into the steps before the round.
@@ -61,27 +60,19 @@ class GReg(PhasedPruning):
 
     def __init__(
         self,
-        variant: Literal[1, 2] = 1,
-        remove: float = 0.5,
-        of: Measure = "macs",
+        variant: Literal[1, 2] = 1, remove: float = 0.5, of: Measure = "macs",
         criterion: Union[CriterionName, Criterion] = "l1",  # noqa: UP007
-        at: float = 0.6,
-        unit: Unit = "fraction",
-        delta: float | None = None,
-        every: int = 5,
-        ceiling: float = 1.0,
-        first_delta: float | None = None,
-        first_ceiling: float = 0.01,
-        scope: Scope = "global",
-        include: Patterns | None = None,
-        exclude: Patterns | None = None,
-        ratios: Mapping[str, float] | None = None,
-        shrink: Shrink = "rounds",
-        directory: str | None = None,
-    ) -> None:
+        at: float = 0.6, unit: Unit = "fraction", delta: float | None = None, every: int = 5, ceiling: float = 1.0,
+        first_delta: float | None = None, first_ceiling: float = 0.01, scope: Scope = "global",
+        include: Patterns | None = None, exclude: Patterns | None = None, ratios: Mapping[str, float] | None = None,
+        shrink: Shrink = "rounds", directory: str | None = None, round_to: int = 1,
+        min_channels: Union[int, float] = 1,  # noqa: UP007
+        norms: Norms = "exact", inner: Patterns | None = None, verify: bool = True, recalibrate: int = 0, seed: int = 0,
+        monitors: Monitors = "keep", repair: RepairName = "none", repair_batches: int = 8,
+    ) -> None:  # fmt: skip
         super().__init__(
-            criterion, remove, of, OneShot(at, unit), scope, include, exclude, ratios, shrink=shrink,
-            directory=directory,
+            criterion, remove, of, OneShot(at, unit), scope, include, exclude, ratios, round_to, min_channels, "keep",
+            shrink, norms, inner, verify, recalibrate, seed, directory, monitors, repair, repair_batches,
         )  # fmt: skip
         if variant not in (1, 2):
             raise unknown_name("variant of GReg", variant, ["1", "2"])

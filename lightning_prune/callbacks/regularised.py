@@ -15,6 +15,7 @@ from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.phases import PhasedPruning
+from lightning_prune.callbacks.repair import RepairName
 from lightning_prune.callbacks.support import has_no_end
 from lightning_prune.criteria import Criterion, CriterionName
 from lightning_prune.errors import ConfigurationError
@@ -33,24 +34,9 @@ class RegularisedPruning(PhasedPruning):
         penalty: ``"slimming"`` (Liu et al., 2017) or ``"bn_ista"`` (Ye et al., 2018), best with the criterion bn_scale,
             ``"group_lasso"`` (Wen et al., 2016), ``"group_norm"`` (Fang et al., 2023), or a ``ChannelPenalty``.
         penalty_start: Share of the fit after which the penalty begins to act, in [0, 1).
-        criterion: This and all others: as for :class:`~lightning_prune.ChannelPruning`.
-        remove: Fraction to remove in all.
-        of: What it is a fraction of.
-        schedule: When rounds are due.
-        scope: Which channels compete.
-        include: Channels that may go; the penalty acts on these alone.
-        exclude: Channels that stay, and are not penalised.
-        ratios: Fixed fractions by pattern.
-        round_to: Widths become multiples of this.
-        min_channels: Fewest channels of a group.
-        shrink: When channels are removed physically.
-        norms: What becomes of channels that a norm takes its statistics over.
-        inner: Heads that are pruned inside.
-        verify: Whether each shrink is checked.
-        recalibrate: Batches to re-estimate batch-norm statistics on.
-        seed: Seed of random criteria.
-        directory: Where the checkpoint and the report are written.
-        monitors: What ``EarlyStopping`` and ``ModelCheckpoint`` do about a round.
+        criterion: As for :class:`~lightning_prune.ChannelPruning`.
+        remove, of, schedule, scope, include, exclude, ratios, round_to, min_channels, shrink, norms, inner, verify,
+            recalibrate, seed, directory, monitors, repair, repair_batches: As there.
 
     Raises:
         ConfigurationError: If an argument is wrong, no group has what the penalty acts on, or it would never act.
@@ -74,10 +60,11 @@ class RegularisedPruning(PhasedPruning):
         min_channels: Union[int, float] = 1,  # noqa: UP007
         shrink: Shrink = "rounds", norms: Norms = "exact", inner: Patterns | None = None, verify: bool = True,
         recalibrate: int = 0, seed: int = 0, directory: str | None = None, monitors: Monitors = "keep",
+        repair: RepairName = "none", repair_batches: int = 8,
     ) -> None:  # fmt: skip
         super().__init__(
             criterion, remove, of, schedule, scope, include, exclude, ratios, round_to, min_channels, "keep", shrink,
-            norms, inner, verify, recalibrate, seed, directory, monitors,
+            norms, inner, verify, recalibrate, seed, directory, monitors, repair, repair_batches,
         )  # fmt: skip
         self.penalty, self.penalty_start = penalty, penalty_start
         self._penalty, self._acting = penalty_from(penalty), False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import lightning as L
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from lightning_prune import (
     BatchNormISTA,
+    ChannelLotteryTicket,
     ChannelPenalty,
     ChannelPruning,
     ConfigurationError,
@@ -367,3 +370,37 @@ def test_where_the_length_is_not_known_soft_filters_go_by_epochs():
     module = ByHand()
     used.fit(module, loader())
     assert sum(widths(module)) <= 31
+
+
+OTHERS = {
+    "RegularisedPruning": partial(RegularisedPruning, "group_lasso", of="channels", schedule=OneShot(1, "epoch")),
+    "GReg": partial(GReg, of="channels", at=1, unit="epoch", every=1),
+    "ChannelLotteryTicket": partial(ChannelLotteryTicket, of="channels", rounds=1),
+}
+
+
+@pytest.mark.parametrize("kind", list(OTHERS))
+def test_what_any_channel_pruning_can_be_told_they_can_be_told_too(kind):
+    module, _ = fit(OTHERS[kind](remove=0.3, scope="group", round_to=8), epochs=3)
+    assert widths(module) == [8, 16, 16]
+    module, _ = fit(OTHERS[kind](remove=0.3, scope="group", min_channels=12), epochs=3)
+    assert widths(module) == [12, 15, 15]
+    module, _ = fit(OTHERS[kind](ratios={"net.0": 0.5, "*.expand": 0.25, "net.4": 0.25}), epochs=3)
+    assert widths(module) == [6, 18, 18]
+
+
+@pytest.mark.parametrize("kind", ["RegularisedPruning", "GReg"])
+def test_they_repair_what_stays(kind):
+    def after(repair):
+        callback, losses = OTHERS[kind](remove=0.5, repair=repair), []
+
+        class Losses(L.Callback):
+            def on_train_batch_end(self, trainer, pl_module, outputs, *_):
+                losses.append(float(outputs["loss"]))
+
+        fit(callback, Losses(), epochs=2)
+        return losses
+
+    plain, repaired = after("none"), after("regression")
+    assert plain[:BATCHES] == repaired[:BATCHES]
+    assert repaired[BATCHES] < plain[BATCHES]

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 _unobserved_depth = 0
+_exactly_depth = 0
 
 
 @contextmanager
@@ -33,3 +34,19 @@ def bookkeeping() -> Iterator[None]:
 def is_observed() -> bool:
     """Whether a tracer should look at what is executed now."""
     return _unobserved_depth == 0
+
+
+@contextmanager
+def computing_exactly() -> Iterator[None]:
+    """Inside, programs that would run in mixed precision run in that of their weights."""
+    global _exactly_depth
+    _exactly_depth += 1
+    try:
+        yield
+    finally:
+        _exactly_depth -= 1
+
+
+def is_exact() -> bool:
+    """Whether mixed precision should be left out."""
+    return _exactly_depth > 0

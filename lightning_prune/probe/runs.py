@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prune.errors import PruneError, TraceError
-from lightning_prune.graph.observation import unobserved
+from lightning_prune.graph.observation import is_exact, unobserved
 from lightning_prune.graph.program import Program, count_samples
 from lightning_prune.probe.backward import NoBackward
 from lightning_prune.probe.data import NoBatchError, copied, fresh_batches
@@ -191,7 +192,7 @@ class Runs:
             return self._module(*(example if isinstance(example, (tuple, list)) else (example,)))
 
     def _precision(self, context: str) -> AbstractContextManager[Any]:
-        if self._trainer is None:
+        if self._trainer is None or (is_exact() and isinstance(self._trainer.precision_plugin, MixedPrecision)):
             return nullcontext()
         entered: AbstractContextManager[Any] = getattr(self._trainer.precision_plugin, context)()
         return entered

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.errors import ShrinkError
 from lightning_prune.graph.analysis import Analysis, Run
+from lightning_prune.graph.observation import computing_exactly
 from lightning_prune.graph.program import tensors_in
 from lightning_prune.graph.selections import Selection, Selections, SelectionsMode
 from lightning_prune.surgery.resize import Saved, replace, restore
@@ -27,6 +29,8 @@ _TOLERANCE = {
     torch.complex64: 1e-4,
 }
 
+
+_HALF = {torch.float16, torch.bfloat16}
 
 _AMPLIFIED, _MOST = 10.0, 0.05
 """How far beyond what rounding its weights does to a network a difference may go, and how far at the most."""
@@ -53,10 +57,12 @@ class Observed:
     Attributes:
         outputs: Their tensors.
         selections: What each of them selected by its numbers; None where that is not known.
+        mixed: Whether they ran in mixed precision, if the network trains in it.
     """
 
     outputs: list[Output] = field(default_factory=list)
     selections: Sequence[list[Selection] | None] = field(default_factory=list)
+    mixed: bool = True
 
 
 Surroundings = Callable[[Run, Selections], AbstractContextManager[None]]
@@ -102,22 +108,50 @@ def outputs(
     Raises:
         ShrinkError: If one of them cannot be run.
     """
+    # Half precision hides errors of several percent. What follows events of the trace must run as that did, though.
+    if surroundings is _selections_only and (like is None or not like.mixed):
+        try:
+            with computing_exactly():
+                return _outputs(analysis, like, surroundings, mixed=False)
+        except ShrinkError:
+            if like is not None:
+                raise
+    return _outputs(analysis, like, surroundings, mixed=True)
+
+
+def _outputs(analysis: Analysis, like: Observed | None, surroundings: Surroundings, mixed: bool) -> Observed:
     found: list[Output] = []
     tapes: list[list[Selection] | None] = []
     for run in analysis.runs:
         if run.program.training:
             continue
-        tolerance = max((_TOLERANCE.get(dtype, 0.0) for dtype in run.dtypes), default=0.0)
         tape = None if like is None else like.selections[len(tapes)]
         selections = Selections(tape, numbers=False)
+        seen = _Dtypes()
         try:
-            with _full_precision(), surroundings(run, selections):
+            watched = nullcontext() if mixed or run.dtypes.isdisjoint(_HALF) else seen
+            with _full_precision(), watched, surroundings(run, selections):
                 result = run.program.run()
         except Exception as error:
             raise ShrinkError(f"{run.program.name} failed ({type(error).__name__}: {error})") from error
         tapes.append(selections.tape)
+        tolerance = max((_TOLERANCE.get(dtype, 0.0) for dtype in seen.dtypes or run.dtypes), default=0.0)
         found.extend(Output(tensor.detach().clone(), tolerance) for tensor in tensors_in(result))
-    return Observed(found, tapes)
+    return Observed(found, tapes, mixed)
+
+
+class _Dtypes(TorchDispatchMode):
+    """Takes down what types of numbers operators return."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator."""
+        result = func(*args, **(kwargs or {}))
+        self.dtypes.update(tensor.dtype for tensor in tensors_in(result))
+        return result
 
 
 def masked_outputs(

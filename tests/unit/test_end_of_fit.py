@@ -83,20 +83,20 @@ def test_an_unknown_choice_is_refused():
     ],
 )
 def test_a_fit_says_why_it_writes_nothing(caplog, arguments, words):
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         fit(pruning(schedule=OneShot(0, "step")), epochs=1, **arguments)
     assert words in caplog.text
 
 
 def test_a_fit_says_where_it_has_written(caplog, tmp_path):
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         fit(pruning(directory=str(tmp_path / "here")), epochs=2)
     assert f"written to {tmp_path / 'here'}: pruned.ckpt" in caplog.text
     assert (tmp_path / "here" / "pruned.ckpt").exists()
 
 
 def test_a_round_that_removes_nothing_is_not_announced(caplog):
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         fit(pruning(remove=0.05, round_to=12, schedule=Linear(0, 2, 1, "epoch")), epochs=4)
     assert "so far" not in caplog.text
 

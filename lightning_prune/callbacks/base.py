@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_prune.budget import check_fraction
 from lightning_prune.callbacks.method import PruningMethod
-from lightning_prune.callbacks.monitors import Monitors, best_paths, forget_best, wait_anew
+from lightning_prune.callbacks.monitors import Monitoring, Monitors
 from lightning_prune.callbacks.naming import Patterns, as_patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.outcome import (
@@ -29,6 +29,7 @@ from lightning_prune.callbacks.outcome import (
     warn_of_the_end,
 )
 from lightning_prune.callbacks.rewinding import rewind, taken_down
+from lightning_prune.callbacks.steps import Steps
 from lightning_prune.callbacks.support import (
     check_schedule,
     last_position_of,
@@ -37,7 +38,6 @@ from lightning_prune.callbacks.support import (
     refuse_unsupported,
     say,
     shadows,
-    steps_with_plain_gradients,
 )
 from lightning_prune.checkpoint import VERSION, put_record, unwrap_hooks, wrap_hooks
 from lightning_prune.choices import unknown_name
@@ -95,8 +95,6 @@ class PruningCallback(PruningMethod, Callback):
             raise unknown_name("shrink", shrink, ["rounds", "end", "never"])
         if norms not in ("exact", "approximate"):
             raise unknown_name("norms", norms, ["exact", "approximate"])
-        if monitors not in ("keep", "reset", "wait"):
-            raise unknown_name("choice for monitors", monitors, ["keep", "reset", "wait"])
         if recalibrate < 0:
             raise ConfigurationError(f"recalibrate is a number of batches, so at least 0, but is {recalibrate}.")
         self._record = {}
@@ -104,12 +102,10 @@ class PruningCallback(PruningMethod, Callback):
         self._network: Network | None = None
         self._probe: Probe | None = None
         self._handles: list[RemovableHandle] = []
-        self._about_to_step: Optimizer | None = None
-        self._left_out: Optimizer | None = None
-        self._went_backward = False
+        self._optimizer_steps = Steps()
+        self._monitoring = Monitoring(monitors)
         self._observing = self._works = False
         self._logged_epoch = -1
-        self._best_at_cut: dict[str, str] = {}
         self._report: PruneReport | None = None
 
     @property
@@ -139,7 +135,8 @@ class PruningCallback(PruningMethod, Callback):
             )
         if stage == "fit":
             refuse_unsupported(trainer, self.shrink != "never")
-            self._report, self._best_at_cut = None, {}
+            self._report = None
+            self._monitoring.begin()
         if self._module is None or self._module() is not pl_module:
             self._module = weakref.ref(pl_module)
             self._record.clear()
@@ -173,8 +170,7 @@ class PruningCallback(PruningMethod, Callback):
             "_network": None,
             "_probe": None,
             "_handles": [],
-            "_about_to_step": None,
-            "_left_out": None,
+            "_optimizer_steps": Steps(),
         }
 
     @override
@@ -209,7 +205,7 @@ class PruningCallback(PruningMethod, Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._went_backward = False
+        self._optimizer_steps.begin_batch()
         if self._observing:
             assert self._probe is not None
             self._probe.observe(batch)
@@ -225,19 +221,13 @@ class PruningCallback(PruningMethod, Callback):
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._went_backward = True
+        self._optimizer_steps.go_backward()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._network is None or not self._works:
-            return
-        self._left_out = None
-        if not steps_with_plain_gradients(trainer, optimizer, self._went_backward):
-            self._left_out = optimizer
-        else:
+        if self._network is not None and self._works and self._optimizer_steps.announce(trainer, optimizer):
             self.before_masking(self._network, optimizer)
             self._network.mask_gradients()
-            self._about_to_step = optimizer
             self.before_step(self._network, optimizer)
 
     @override
@@ -245,8 +235,8 @@ class PruningCallback(PruningMethod, Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # A step that was announced and not taken, because another hook kept the optimizer from it.
-        if self._network is not None and self._about_to_step is not None:
-            self._after_step(self._about_to_step, (), {})
+        if self._network is not None and self._optimizer_steps.announced is not None:
+            self._after_step(self._optimizer_steps.announced, (), {})
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -270,7 +260,7 @@ class PruningCallback(PruningMethod, Callback):
         say(trainer, self._report.table())
         say(trainer, save_outcome(trainer, self._report, self.directory))
         if self._works:
-            warn_of_the_end(trainer, self._record, self._best_at_cut)
+            warn_of_the_end(trainer, self._record, self._monitoring)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -324,12 +314,10 @@ class PruningCallback(PruningMethod, Callback):
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # With its gradients masked most optimizers leave nothing to undo, and to look costs as much as to mask.
-        undisturbed = self._about_to_step is optimizer and leaves_zeros(optimizer)
-        left_out = self._left_out is optimizer
-        self._about_to_step = self._left_out = None
+        announced, left_out = self._optimizer_steps.end(optimizer)
         if self._network is None or not self._works:
             return
-        if not undisturbed:
+        if not (announced and leaves_zeros(optimizer)):
             self._network.mask_weights()
         if not left_out:  # a fused optimizer has been called even so, and has moved nothing
             self.after_step(self._network, optimizer)
@@ -362,21 +350,18 @@ class PruningCallback(PruningMethod, Callback):
             network.hold_masks()
         if self.recalibrate:
             network.probe.reestimate_batch_norm(self.recalibrate)
-        if self.monitors == "reset" or (self.monitors == "wait" and level >= 1):
-            forget_best(trainer)
         self._record.update(level=level, target=level * self.remove)
         self._note(network)
         network.rewrap()
         removed = self._record["now"]["removed"]
         self._record["rounds"].append([trainer.current_epoch, trainer.global_step, removed])
+        self._monitoring.follow_round(trainer, level, removed != before)
         if removed != before:
-            self._best_at_cut = best_paths(trainer)
             say(trainer, f"pruned {removed:.1%} of the {self.of} so far (epoch {trainer.current_epoch})")
 
     def _hold_back_monitors(self, trainer: Trainer) -> None:
-        """Keep the fit from being stopped early before the last round, if that was asked for."""
-        if self.monitors == "wait" and self._works and self._record["level"] < 1:
-            wait_anew(trainer)
+        if self._works:
+            self._monitoring.hold_back(trainer, self._record["level"])
 
     def _take_down_if_due(self, trainer: Trainer, network: Network) -> None:
         """Remember the network, its optimizers and schedules at the step that is rewound to."""

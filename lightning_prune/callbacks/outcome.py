@@ -9,7 +9,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_prune.callbacks.monitors import best_paths
+from lightning_prune.callbacks.monitors import Monitoring
 from lightning_prune.callbacks.network import Network
 from lightning_prune.report import GroupWidth, PruneReport, Request, Round, Totals
 
@@ -97,23 +97,16 @@ def save_outcome(trainer: Trainer, report: PruneReport, directory: str | None) -
     return f"written to {found}: pruned.ckpt (load it with load_pruned) and the report"
 
 
-def warn_of_the_end(trainer: Trainer, record: Mapping[str, Any], best_at_cut: Mapping[str, str]) -> None:
-    """Warn of a fit that ended before its last round, and of checkpoints of the best from before the last cut.
-
-    Args:
-        trainer: The trainer.
-        record: The record of the fit.
-        best_at_cut: What :func:`~lightning_prune.callbacks.monitors.best_paths` gave at the last cut.
-    """
+def warn_of_the_end(trainer: Trainer, record: Mapping[str, Any], monitoring: Monitoring) -> None:
+    """Warn of a fit that ended before its last round, and of checkpoints of the best from before the last cut."""
     if record["level"] < 1:
         rank_zero_warn(
             f"the fit ended before the last round of the schedule: {record['now']['removed']:.1%} was removed so far. "
             f"Train longer, have the rounds earlier, or keep early stopping back with monitors='wait'."
         )
-    for monitor, path in best_paths(trainer).items():
-        if path and path == best_at_cut.get(monitor):
-            rank_zero_warn(
-                f"the best checkpoint by {monitor} ({path}) is from before the last channels or weights went, so it "
-                f"holds a larger network than the fit has ended with. Load pruned.ckpt instead, or have the best "
-                f"chosen anew after each round (monitors='reset') or after the last one (monitors='wait')."
-            )
+    for monitor, path in monitoring.outdated(trainer):
+        rank_zero_warn(
+            f"the best checkpoint by {monitor} ({path}) is from before the last channels or weights went, so it holds "
+            f"a larger network than the fit has ended with. Load pruned.ckpt instead, or have the best chosen anew "
+            f"after each round (monitors='reset') or after the last one (monitors='wait')."
+        )

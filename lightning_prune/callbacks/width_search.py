@@ -139,8 +139,7 @@ class WidthSearching(ChannelPruning):
                 f"{search.cycle} epochs (logged: {known}). Log it in validation_step, at least once in a cycle, or "
                 f"give the search another monitor."
             )
-        exact = torch.float32 if network.module.device.type == "mps" else torch.float64  # which has none
-        value = float(network.average(torch.tensor(state.pop("value"), dtype=exact)))
+        value = float(network.average(torch.tensor(state.pop("value"), dtype=torch.float64)))
         state["trials"].append([network.widths(), value, time.monotonic() - self._since])
         state["epoch"] = trainer.current_epoch
         if not search.falls_short([trial[1] for trial in state["trials"]]):

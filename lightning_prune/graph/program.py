@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.graph.observation import bookkeeping, unobserved
@@ -308,11 +309,11 @@ def _example_programs(model: nn.Module, example: Example, name: str, seed: int) 
 
         def run() -> Any:
             method = model if example.method == "forward" else getattr(model, example.method)
-            arguments, keywords = _copied((given, named))
+            arguments, keywords = copied((given, named))
             torch.clear_autocast_cache()  # of a surrounding autocast, whose weights may be those of an earlier run
             with attributes_kept(model), preserved(model, training), parameters_kept(), torch.no_grad():
                 if seed:
-                    _seed(seed)
+                    seed_everywhere(seed)
                 with same_structure(model, spoken), hinted(model, spoken, tensors):
                     result = method(*arguments, **keywords)
             check_result(model, spoken, result, tensors_in(result))
@@ -338,19 +339,22 @@ def _check_call(model: nn.Module, method: str, given: Sequence[Any], named: Mapp
         ) from error
 
 
-def _copied(inputs: Any) -> Any:
-    """Inputs with tensors of their own, so that a network which writes into them sees the same in each run."""
+def copied(data: Any) -> Any:
+    """Inputs or a batch with tensors of their own, so that a network which writes into them does no harm.
+
+    A tensor that is there twice is one tensor in the copy, too.
+    """
     copies: dict[int, Tensor] = {}
 
-    def copy(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        if id(leaf) not in copies:
-            copies[id(leaf)] = leaf.detach().clone().requires_grad_(leaf.requires_grad)
-        return copies[id(leaf)]
+    def copy(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        return copies[id(tensor)]
 
     with unobserved():
-        return tree_map(copy, inputs)
+        if hasattr(data, "clone") and not isinstance(data, Tensor):
+            return data.clone()
+        return apply_to_collection(data, Tensor, copy)
 
 
 def _arguments(inputs: Inputs) -> tuple[Sequence[Any], Mapping[str, Any]]:
@@ -367,7 +371,8 @@ def _arguments(inputs: Inputs) -> tuple[Sequence[Any], Mapping[str, Any]]:
     )
 
 
-def _seed(seed: int) -> None:
+def seed_everywhere(seed: int) -> None:
+    """Seed torch, numpy and Python, and unlike Lightning's function leave the environment variables alone."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)

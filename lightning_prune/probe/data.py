@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from lightning_prune.errors import TraceError
 from lightning_prune.graph.observation import unobserved
+from lightning_prune.graph.program import seed_everywhere
 
 _ALL_SAMPLES = (SequentialSampler, RandomSampler, DistributedSampler)
 """Samplers that leave nothing out, in whatever order; exact classes, as one that is derived may."""
@@ -28,12 +25,6 @@ _ALL_SAMPLES = (SequentialSampler, RandomSampler, DistributedSampler)
 
 class NoBatchError(TraceError):
     """There is no real batch that could be had without touching the loader in use."""
-
-
-def copied(batch: Any) -> Any:
-    """The batch with its own tensors, so that a step which writes into its batch does no harm."""
-    with unobserved():
-        return batch.clone() if hasattr(batch, "clone") else apply_to_collection(batch, Tensor, torch.clone)
 
 
 def fresh_batches(trainer: Trainer, pl_module: LightningModule, count: int, seed: int) -> Iterator[Any]:
@@ -99,9 +90,7 @@ def _rebuilt(loader: Any, count: int, seed: int) -> DataLoader[Any]:
 def _drawn(sampler: Iterable[Any], count: int, seed: int) -> list[Any]:
     """The first samples of a sampler of the user's own, which knows which there are: often not those held out."""
     with unobserved(), isolate_rng():
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
+        seed_everywhere(seed)
         if hasattr(sampler, "generator"):
             sampler.generator = torch.Generator().manual_seed(seed)
         return list(islice(sampler, min(count, sys.maxsize)))

@@ -14,13 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_prune.cost import measure_latency
 from lightning_prune.errors import PruneError, TraceError
 from lightning_prune.graph.one_way import decomposed
-from lightning_prune.graph.program import Program
+from lightning_prune.graph.program import Program, copied, seed_everywhere
 from lightning_prune.probe.backward import HessianBackward, LocalBackward, NoBackward
-from lightning_prune.probe.data import copied
 from lightning_prune.probe.flow import synaptic_flow
 from lightning_prune.probe.inputs import InputSquares
 from lightning_prune.probe.runs import SEED, Runs
-from lightning_prune.probe.sandbox import called_children, seed_everywhere
+from lightning_prune.probe.sandbox import called_children
 
 
 class Probe(Runs):

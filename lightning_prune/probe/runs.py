@@ -18,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prune.errors import PruneError, TraceError
 from lightning_prune.graph.observation import is_exact, unobserved
-from lightning_prune.graph.program import Program, count_samples
+from lightning_prune.graph.program import Program, copied, count_samples
 from lightning_prune.probe.backward import NoBackward
-from lightning_prune.probe.data import NoBatchError, copied, fresh_batches
+from lightning_prune.probe.data import NoBatchError, fresh_batches
 from lightning_prune.probe.sandbox import Record, sandbox
 
 SEED = 20

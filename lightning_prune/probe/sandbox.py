@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
@@ -20,7 +18,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_prune.errors import TraceError
 from lightning_prune.graph.observation import unobserved
-from lightning_prune.graph.program import preserved
+from lightning_prune.graph.program import preserved, seed_everywhere
 from lightning_prune.probe.snapshot import Snapshot
 
 
@@ -112,13 +110,6 @@ def sandbox(trainer: Trainer | None, pl_module: LightningModule, training: bool,
     finally:
         with unobserved():
             stack.close()
-
-
-def seed_everywhere(seed: int) -> None:
-    """Seed torch, numpy and Python, and unlike Lightning's function leave the environment variables alone."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
 
 
 def _refuse_lazy(pl_module: LightningModule) -> None:

@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_prune.errors import ConfigurationError
-from lightning_prune.probe.data import copied
+from lightning_prune.graph.program import copied
 
 
 class _Collector(Callback):

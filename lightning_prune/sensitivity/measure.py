@@ -18,13 +18,12 @@ from lightning_prune.criteria import Criterion, CriterionName, criterion_from
 from lightning_prune.criteria.base import mean_scores
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.graph.channels import ChannelGraph
+from lightning_prune.graph.program import copied, seed_everywhere
 from lightning_prune.graph.tracer import named_leaves
 from lightning_prune.masks import Masks
 from lightning_prune.probe import Probe
 from lightning_prune.probe.backward import NoBackward
-from lightning_prune.probe.data import copied
 from lightning_prune.probe.runs import SEED
-from lightning_prune.probe.sandbox import seed_everywhere
 from lightning_prune.sensitivity.record import Curve, Sensitivity
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)

@@ -76,22 +76,42 @@ def _selections_only(run: Run, selections: Selections) -> AbstractContextManager
 def _full_precision() -> Iterator[None]:
     """Have a GPU multiply single-precision numbers as such, not by TensorFloat-32.
 
-    Its error is above what is allowed here, and differs among kernels, which are chosen by the sizes.
+    Its error is above what is allowed here, and differs among kernels, which are chosen by the sizes. By the settings
+    that every version of torch has, which the network may read; but not where it was told by the newer ones.
     """
-    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    exact: Any
-    if hasattr(cudnn, "conv"):  # torch 2.9 or later, where the old names may fail
-        places, name, exact = [cudnn.conv, cudnn.rnn, products], "fp32_precision", "ieee"
-    else:
-        places, name, exact = [cudnn, products], "allow_tf32", False
-    before = [getattr(place, name) for place in places]
+    cudnn = torch.backends.cudnn
+    try:
+        convolutions, products = cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:
+        with _told_newly():
+            yield
+        return
+    try:
+        if convolutions:
+            cudnn.allow_tf32 = False
+        if products != "highest":
+            torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        if convolutions:
+            cudnn.allow_tf32 = True
+        if products != "highest":
+            torch.set_float32_matmul_precision(products)
+
+
+@contextmanager
+def _told_newly() -> Iterator[None]:
+    """The same by the settings of torch 2.9 and later; the older ones fail once these are used."""
+    cudnn: Any = torch.backends.cudnn
+    places = [cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul]
+    before = [place.fp32_precision for place in places]
     try:
         for place in places:
-            setattr(place, name, exact)
+            place.fp32_precision = "ieee"
         yield
     finally:
         for place, value in zip(places, before, strict=True):
-            setattr(place, name, value)
+            place.fp32_precision = value
 
 
 def outputs(

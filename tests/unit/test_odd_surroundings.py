@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_prune import ConfigurationError, shrink, trace
+from lightning_prune.graph.one_way import decomposed
 from tests.helpers import Net, random_keep
 
 
@@ -116,15 +120,72 @@ def test_batch_norms_that_would_ask_other_processes_are_followed():
     assert nn.SyncBatchNorm.forward is not nn.BatchNorm2d.forward
 
 
-def test_how_precisely_products_are_computed_is_as_before_afterwards():
+def test_outputs_are_compared_without_tensor_float_32():
+    seen = []
+
+    def forward(net, x):
+        seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+        return net.inner(x)
+
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        cut(layers(), torch.randn(2, 4))
-        assert torch.get_float32_matmul_precision() == "high"
-        assert torch.backends.cudnn.allow_tf32
+        cut(Net(forward, inner=layers()), torch.randn(2, 4))
+        assert set(seen) == {(True, "high"), (False, "highest")}
+        assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == (True, "high")
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this torch has the older settings only")
+def test_so_they_are_where_the_newer_settings_were_used():
+    seen = []
+    convolutions = torch.backends.cudnn.conv
+
+    def forward(net, x):
+        seen.append(convolutions.fp32_precision)
+        return net.inner(x)
+
+    before, other = convolutions.fp32_precision, torch.backends.cudnn.rnn.fp32_precision
+    convolutions.fp32_precision, torch.backends.cudnn.rnn.fp32_precision = "tf32", "ieee"
+    try:
+        cut(Net(forward, inner=layers()), torch.randn(2, 4))
+        assert set(seen) == {"tf32", "ieee"}
+        assert convolutions.fp32_precision == "tf32"
+    finally:
+        convolutions.fp32_precision, torch.backends.cudnn.rnn.fp32_precision = before, other
+
+
+class Executed(TorchDispatchMode):
+    """Takes down which operators run on which devices."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        devices = {leaf.device.type for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
+        self.operators.setdefault(func._overloadpacket._qualified_op_name, set()).update(devices)
+        return result
+
+
+@pytest.mark.parametrize(
+    "layer", [lambda: nn.LSTM(3, 4), lambda: nn.GRU(3, 4), lambda: nn.LSTMCell(3, 4), lambda: nn.RMSNorm(3)]
+)
+def test_what_has_a_kernel_of_its_own_on_a_gpu_is_followed_on_the_cpu(layer):
+    """No GPU is needed: the tensors are fakes, which know where they are and what runs there."""
+
+    class Nothing:
+        def is_made_up(self, tensor):
+            return False
+
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+        model, x = layer(), torch.empty(2, 3)
+        with decomposed(Nothing()), Executed() as executed:
+            result = tree_leaves(model(x))
+    assert {leaf.device.type for leaf in result} == {"cuda"}
+    assert not [name for name in executed.operators if "cudnn" in name or "fused" in name]
 
 
 @pytest.mark.parametrize("tie", ["transposed", "data"])

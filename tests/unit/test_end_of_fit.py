@@ -118,7 +118,7 @@ def test_there_is_no_report_of_an_earlier_fit_after_one_that_failed():
 
 
 def test_ratios_for_all_groups_leave_the_budget_nothing_to_choose():
-    for remove in (0.0, 0.5):
+    for remove in (0.0, 0.95):  # of which the second cannot be reached
         callback = pruning(remove=remove, of="macs", ratios={"*": 0.5}, schedule=Linear(1, 2, 1, "epoch"))
         module, _ = fit(callback, epochs=3)
         assert widths(module) == HALF

@@ -15,7 +15,8 @@ random mask at the same ratios (after one epoch, for the statistics of batch-nor
 same net by Adam.
 
 The defaults are a small setting: images of 16 x 16, 20,000 of them, 10 epochs. `--size 32 --train 45000 --width 2
---epochs 100` is that of the literature, for those who have a GPU. With `--precision bf16-mixed` training (never the
+--epochs 100` is that of the literature, for those who have a GPU, and with `--tuned_small` it takes the settings that
+were the best in the small one. With `--precision bf16-mixed` training (never the
 accuracy) uses half precision, which halves the time where the processor has instructions for it.
 """
 
@@ -148,6 +149,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "one budget for all": {"scope": "global"},
     "no annealing": {"temperature": (0.3, 0.3)},
 }
+SMALL = {"epochs": 10, "size": 16, "train": 20_000, "width": 1}
 DEFAULT = ["trained", "random", "edge-popup", "sparse-binary-mask"]
 
 # The study -----------------------------------------------------------------------------------------------------------
@@ -160,11 +162,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULT)
     parser.add_argument("--tune", action="store_true", help="try settings with seed 0")
     parser.add_argument("--ablate", action="store_true", help="take away an ingredient of sparse-binary-mask at a time")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--size", type=int, choices=[16, 32], default=16, help="of the images")
-    parser.add_argument("--width", type=int, default=1, help="factor of all widths; 2 makes conv-4 that of the paper")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--size", type=int, choices=[16, 32], help="of the images")
+    parser.add_argument("--width", type=int, help="factor of all widths; 2 makes conv-4 that of the paper")
     parser.add_argument("--precision", choices=["32-true", "bf16-mixed"], default="32-true", help="of the training")
-    parser.set_defaults(train=20_000, seeds=[1, 2, 3])
+    parser.add_argument("--tuned_small", action="store_true", help="use what was the best at the default size")
+    parser.set_defaults(**SMALL, seeds=[1, 2, 3])
     options = parser.parse_args()
     cells = Cells(options.work / "cells.jsonl")
     data = shrunk(load("CIFAR10", options.data_dir, options.train), 32 // options.size)
@@ -177,7 +180,7 @@ def main() -> None:
                     key = cell(net, name, setting, 0.0 if name == "trained" else sparsity, seed, options)
                     cells.run(key, partial(measured, key, data, options))
                     keys.append(key)
-    of_seed = [row for row in cells if row["seed"] == 0 and same_setting(row, options)]
+    of_seed = [row for row in cells if row["seed"] == 0 and tried_alike(row, options)]
     tried = tuning_table([row for row in of_seed if row["sparsity"] in (0.0, *options.sparsities)])
     text = f"# Random networks\n\n{(__doc__ or '').strip()}\n\n{made_by()}\n\n"
     if not options.tune:
@@ -194,8 +197,10 @@ def common(options: Any) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("epochs", "size", "train", "width", "precision", "test")}
 
 
-def same_setting(row: dict[str, Any], options: Any) -> bool:
-    return row["net"] in options.nets and ({**common(options), "test": False}).items() <= row.items()
+def tried_alike(row: dict[str, Any], options: Any) -> bool:
+    """Whether a row is of the nets and the size at which settings are, or were, tuned."""
+    size = common(options) | {"test": False} | (SMALL if options.tuned_small else {})
+    return row["net"] in options.nets and size.items() <= row.items()
 
 
 def cell(net: str, name: str, setting: dict[str, Any], sparsity: float, seed: int, options: Any) -> dict[str, Any]:
@@ -220,7 +225,7 @@ def planned(net: str, sparsity: float, cells: Cells, options: Any) -> list[tuple
 def ranked(net: str, sparsity: float, name: str, cells: Cells, options: Any) -> list[dict[str, Any]]:
     """The settings of a method that were tried, the one of the highest accuracy on the images held out first."""
     wanted = {"net": net, "method": name, "seed": 0, "sparsity": 0.0 if name == "trained" else sparsity}
-    tried = [row for row in cells if same_setting(row, options) and wanted.items() <= row.items()]
+    tried = [row for row in cells if tried_alike(row, options) and wanted.items() <= row.items()]
     if len(tried) < min(len(METHODS[name].settings), 4):
         raise SystemExit(f"{name} has not been tuned on {net} at {sparsity:.0%}: run with --tune first")
     return [row["setting"] for row in sorted(tried, key=lambda row: -row["accuracy"])]

@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_prune.bayes import Beta, ranking, share_gone
 from lightning_prune.budget import Scope
 from lightning_prune.callbacks.base import Shrink
+from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.soft_exit import SoftExit
@@ -58,6 +59,7 @@ class BayesianPruning(SoftExit):
         recalibrate: Batches to re-estimate batch-norm statistics on after each round.
         seed: Seed of the draws.
         directory: Where the checkpoint and the report are written.
+        monitors: What ``EarlyStopping`` and ``ModelCheckpoint`` do about a round.
 
     Raises:
         ConfigurationError: If an argument is wrong, or there are more rounds than the fit has room for.
@@ -94,6 +96,7 @@ class BayesianPruning(SoftExit):
         recalibrate: int = 8,
         seed: int = 0,
         directory: str | None = None,
+        monitors: Monitors = "keep",
     ) -> None:
         for name, value, least in (("rounds", rounds, 1), ("draws", draws, 1), ("batches", batches, 2)):
             if value < least:
@@ -109,6 +112,7 @@ class BayesianPruning(SoftExit):
         super().__init__(
             "l2", remove, of, schedule or Linear(part, 0.6, part), scope, include, exclude, ratios, round_to,
             min_channels, shrink=shrink, recalibrate=recalibrate, seed=seed, directory=directory,
+            monitors=monitors,
         )  # fmt: skip
         self._equal = schedule is None
         self.rounds, self.draws, self.batches, self.memory, self.weight = rounds, draws, batches, memory, weight

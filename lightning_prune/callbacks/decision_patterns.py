@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_prune.budget import Scope
 from lightning_prune.callbacks.base import Shrink
 from lightning_prune.callbacks.channels import Measure
+from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.width_record import WidthSearch
@@ -44,14 +45,14 @@ class DecisionPatternPruning(WidthSearching):
         mining: How patterns are looked for, a :class:`~lightning_prune.PatternMining`; default: that with its defaults.
         unpruned_ok: Whether a round that finds no patterns is left out with a warning; it is an error otherwise.
         scope: This and all others: as for :class:`~lightning_prune.ChannelPruning`.
-        include: Channels that may go.
-        exclude: Channels that stay.
+        include, exclude: Channels that may go, and channels that stay.
         round_to: Widths become multiples of this.
         min_channels: Fewest channels of a group.
         shrink: When channels are removed physically.
         verify: Whether each shrink is checked.
         seed: Seed of the reinitialisation.
         directory: Where checkpoint, report and ``width_search.csv`` go.
+        monitors: What ``EarlyStopping`` and ``ModelCheckpoint`` do about a round.
 
     Raises:
         ConfigurationError: If an argument is wrong, or the network gives no class scores.
@@ -73,11 +74,12 @@ class DecisionPatternPruning(WidthSearching):
         mining: PatternMining | None = None, unpruned_ok: bool = False, scope: Scope = "group",
         include: Patterns | None = None, exclude: Patterns | None = None, round_to: int = 1,
         min_channels: Union[int, float] = 1, shrink: Shrink = "rounds", verify: bool = True,  # noqa: UP007
-        seed: int = 0, directory: str | None = None,
+        seed: int = 0, directory: str | None = None, monitors: Monitors = "keep",
     ) -> None:  # fmt: skip
         super().__init__(
             "random", budget_for(remove, search), of, schedule_for(schedule, search), scope, include, exclude, None,
             round_to, min_channels, reinit, shrink, verify=verify, seed=seed, directory=directory,
+            monitors=monitors,
         )  # fmt: skip
         self.search, self.mining, self.unpruned_ok = search, mining, unpruned_ok
         self._mining = mining or PatternMining()

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_prune.annealing import annealed, best, falling, gaussian_scales, weighed
 from lightning_prune.callbacks.branching import branch_out, move_branches
+from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.phases import PhasedPruning
@@ -59,7 +60,7 @@ class GrowAndPrune(PhasedPruning):
         include, exclude, round_to, shrink: As for :class:`~lightning_prune.ChannelPruning`; what stays does not widen.
         min_channels: Fewest channels of a group, as a number or a share of the original width.
         seed: Of the growth.
-        directory: Where the checkpoint and the report are written.
+        directory, monitors: As for :class:`~lightning_prune.ChannelPruning`.
 
     Raises:
         ConfigurationError: If an argument is wrong, nothing can grow, or the annealing cannot finish within the fit.
@@ -78,17 +79,16 @@ class GrowAndPrune(PhasedPruning):
         remove: float = 0.7,
         of: Literal["channels", "params", "macs"] = "macs",
         expand: float = 1.5, noise: float = 0.1, branches: bool = False,
-        strength: float = 5e-4,
-        start: float = 0.1, end: float = 0.7, interval: float = 0.05, unit: Unit = "fraction",
-        include: Patterns | None = None, exclude: Patterns | None = None,
-        round_to: int = 1,
+        strength: float = 5e-4, start: float = 0.1, end: float = 0.7, interval: float = 0.05, unit: Unit = "fraction",
+        include: Patterns | None = None, exclude: Patterns | None = None, round_to: int = 1,
         min_channels: Union[int, float] = 0.1,  # noqa: UP007
         shrink: Literal["rounds", "end"] = "rounds",
-        seed: int = 0, directory: str | None = None,
+        seed: int = 0, directory: str | None = None, monitors: Monitors = "keep",
     ) -> None:  # fmt: skip
         super().__init__(
             remove=remove, of=of, schedule=Linear(start, end, interval, unit), include=include, exclude=exclude,
             round_to=round_to, min_channels=min_channels, shrink=shrink, seed=seed, directory=directory,
+            monitors=monitors,
         )  # fmt: skip
         if of not in ("channels", "params", "macs"):
             raise unknown_name("measure of a budget for gates", of, ["channels", "params", "macs"])

@@ -104,9 +104,11 @@ def warn_of_the_end(trainer: Trainer, record: Mapping[str, Any], monitoring: Mon
             f"the fit ended before the last round of the schedule: {record['now']['removed']:.1%} was removed so far. "
             f"Train longer, have the rounds earlier, or keep early stopping back with monitors='wait'."
         )
+    ended_with_a_round = bool(record["rounds"]) and record["rounds"][-1][1] >= trainer.global_step
+    anew = "after each round (monitors='reset') or after the last one (monitors='wait')"
     for monitor, path in monitoring.outdated(trainer):
         rank_zero_warn(
             f"the best checkpoint by {monitor} ({path}) is from before the last channels or weights went, so it holds "
-            f"a larger network than the fit has ended with. Load pruned.ckpt instead, or have the best chosen anew "
-            f"after each round (monitors='reset') or after the last one (monitors='wait')."
+            f"a larger network than the fit has ended with. Load pruned.ckpt instead"
+            + ("." if ended_with_a_round else f", or have the best chosen anew {anew}.")
         )

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_prune.budget import Scope
 from lightning_prune.callbacks.base import Shrink
+from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.scored_network import schedule_of, scored_network
@@ -45,19 +46,17 @@ class ScoringNetPruning(ScorerPruning):
         rehearse: With ``mode="init"``, steps of Adam by which the weights learn on trial; 0 for none.
         rescale: Whether open channels are scaled up under the gates, so that signals keep their size.
         scorer_path: File of a net to start from; the default is then one stage of ``adapt_steps`` to commit.
-        freeze: Score with that net as it is.
-        adapt_steps: See ``scorer_path``.
+        freeze, adapt_steps: Score with that net as it is; see ``scorer_path``.
         save_scorer: File to save the net in; default: ``scorer.pt`` beside the final checkpoint, if there is one.
         schedule: When rounds are due, if not as ``mode`` says; the net learns on in each.
         scope: This and all others: as for :class:`~lightning_prune.ChannelPruning`. Gates compete globally.
-        include: Channels that may go.
-        exclude: Channels that stay.
+        include, exclude: Channels that may go, and channels that stay.
         round_to: Widths become multiples of this.
         min_channels: Fewest channels of a group.
-        shrink: When channels are removed physically.
-        verify: Whether each shrink is checked.
+        shrink, verify: When channels are removed physically, and whether each time is checked.
         seed: Seed of the net and of the noise.
         directory: Where the checkpoint, the net and the report are written.
+        monitors: What ``EarlyStopping`` and ``ModelCheckpoint`` do about a round.
 
     Raises:
         ConfigurationError: If an argument is wrong, or the file holds no net for these features.
@@ -94,15 +93,16 @@ class ScoringNetPruning(ScorerPruning):
         verify: bool = True,
         seed: int = 0,
         directory: str | None = None,
+        monitors: Monitors = "keep",
     ) -> None:
         super().__init__(
             "l2", remove, of, schedule_of(mode, of, schedule), scope, include, exclude, None, round_to, min_channels,
-            shrink=shrink, verify=verify, seed=seed, directory=directory,
+            shrink=shrink, verify=verify, seed=seed, directory=directory, monitors=monitors,
         )  # fmt: skip
         if min(batches, rehearse) < 0:
             raise ConfigurationError(f"batches and rehearse must be at least 0, but are {batches} and {rehearse}.")
-        self.mode, self.stages, self.steps, self.batches = mode, stages, steps, batches
-        self.rehearse, self.rescale, self.freeze, self.adapt_steps = rehearse, rescale, freeze, adapt_steps
+        self.mode, self.stages, self.steps, self.batches, self.rehearse = mode, stages, steps, batches, rehearse
+        self.rescale, self.freeze, self.adapt_steps = rescale, freeze, adapt_steps
         self.scorer_path, self.save_scorer = scorer_path, save_scorer
         self.schedule = schedule  # type: ignore[assignment]
         self._stages = stages_from(stages, steps, scorer_path, freeze, adapt_steps)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.callbacks.base import Shrink
+from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.subnet_methods import SubnetPruning
@@ -61,7 +62,7 @@ class SearchAndTrain(SubnetPruning):
             ``teachers``. For class scores; costs a run of each teacher in each step, and two more networks in memory.
         teachers: Paths of checkpoints of further teachers, pruned or not.
         output_of, labels: As for :class:`~lightning_prune.Distillation`.
-        include, exclude, round_to, min_channels, shrink, verify, recalibrate, seed, directory: As for
+        include, exclude, round_to, min_channels, shrink, verify, recalibrate, seed, directory, monitors: As for
             :class:`~lightning_prune.ChannelPruning`.
 
     Raises:
@@ -83,11 +84,12 @@ class SearchAndTrain(SubnetPruning):
         exclude: Patterns | None = None, round_to: int = 1, min_channels: int | float = 1,
         shrink: Shrink = "rounds", verify: bool = True, recalibrate: int = 0, seed: int = 0,
         directory: str | None = None, robust: bool = False, teachers: Sequence[str] | None = None,
-        output_of: str | None = None, labels: str | int | None = None,
+        output_of: str | None = None, labels: str | int | None = None, monitors: Monitors = "keep",
     ) -> None:  # fmt: skip
         super().__init__(
             "l2", remove, of, OneShot(at, unit), include=include, exclude=exclude, round_to=round_to, shrink=shrink,
             min_channels=min_channels, verify=verify, recalibrate=recalibrate, seed=seed, directory=directory,
+            monitors=monitors,
         )  # fmt: skip
         if of not in ("channels", "params", "macs"):
             raise unknown_name("measure of SearchAndTrain", of, ["channels", "params", "macs"])

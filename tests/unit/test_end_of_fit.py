@@ -8,7 +8,18 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from lightning_prune import ConfigurationError, Linear, OneShot, load_pruned
+from lightning_prune import (
+    BayesianPruning,
+    ConfigurationError,
+    DecisionPatternPruning,
+    EdgePopup,
+    GrowAndPrune,
+    Linear,
+    OneShot,
+    ScoringNetPruning,
+    SearchAndTrain,
+    load_pruned,
+)
 from tests.fits import BATCHES, SmallNet, fit, loader, pruning, small_net, trainer, widths
 
 HALF = [6, 12, 12]
@@ -68,6 +79,21 @@ def test_waiting_goes_on_in_a_resumed_fit(tmp_path, stopped):
 
     assert fitted(9) == fitted(9, ckpt_path=tmp_path / f"step={stopped}.ckpt")
     assert fitted(9)[1] == HALF
+
+
+@pytest.mark.parametrize(
+    "method", [BayesianPruning, DecisionPatternPruning, GrowAndPrune, ScoringNetPruning, SearchAndTrain]
+)
+def test_methods_with_rounds_of_their_own_take_the_choice(method):
+    with pytest.raises(ConfigurationError, match="choice for monitors"):
+        method(monitors="wat")
+
+
+def test_no_advice_is_given_that_would_change_nothing(tmp_path):
+    best = best_of(tmp_path)
+    _, said = ended(best, EdgePopup(remove=0.5), epochs=3, enable_checkpointing=True)  # channels go when the fit ends
+    assert "Load pruned.ckpt instead." in said
+    assert "monitors=" not in said
 
 
 def test_an_unknown_choice_is_refused():

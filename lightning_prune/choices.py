@@ -1,8 +1,9 @@
-"""Choosing among named things, with help for the mistyped name."""
+"""Checking arguments: names among known ones, with help for the mistyped, and numbers."""
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -42,6 +43,24 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> Configuration
         shown = close[1:] or list(by_lower.values())[:_MOST]
         listed = f" Among the {len(by_lower)} known: {', '.join(map(repr, shown))}."
     return ConfigurationError(f"unknown {kind} {name!r}:{hint}{listed}")
+
+
+def check_at_least(least: float, **values: float | None) -> None:
+    """Refuse numbers that are too small, or not finite.
+
+    Args:
+        least: What each must be at least.
+        **values: The numbers by the name of their argument; None is left to its default.
+
+    Raises:
+        ConfigurationError: For the first that is not.
+
+    Example:
+        >>> check_at_least(1, rounds=3, batches=None)
+    """
+    for name, value in values.items():
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise ConfigurationError(f"{name} must be a finite number of at least {least:g}, but is {value}.")
 
 
 def chosen(kind: str, choice: object, base: type[Any], known: Mapping[str, Callable[[], Thing]]) -> Thing:

@@ -78,7 +78,7 @@ METHODS: dict[str, Callable[..., PruningCallback | None]] = {
     "bayesian, no handing over": lambda **rest: BayesianPruning(schedule=ROUNDS, reparameterise=False, **rest),
     "grow and prune": GrowAndPrune,
     "grow and prune, no growth": lambda **rest: GrowAndPrune(expand=1.0, **rest),
-    "search and train": lambda **rest: SearchAndTrain(alpha_every=3, **rest),
+    "search and train": SearchAndTrain,
 }
 
 

@@ -17,7 +17,7 @@ from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.soft_exit import SoftExit
-from lightning_prune.choices import unknown_name
+from lightning_prune.choices import check_at_least, unknown_name
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.schedules import Linear, Position, Schedule
 
@@ -98,9 +98,8 @@ class BayesianPruning(SoftExit):
         directory: str | None = None,
         monitors: Monitors = "keep",
     ) -> None:
-        for name, value, least in (("rounds", rounds, 1), ("draws", draws, 1), ("batches", batches, 2)):
-            if value < least:
-                raise ConfigurationError(f"{name} must be at least {least}, but is {value}.")
+        check_at_least(1, rounds=rounds, draws=draws)
+        check_at_least(2, batches=batches)
         if not (0 <= memory <= 1 and weight > 0 and ridge >= 0):
             raise ConfigurationError(
                 f"memory must lie in [0, 1], weight above 0 and ridge not below 0, but they are {memory}, {weight} and "

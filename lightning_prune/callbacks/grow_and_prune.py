@@ -18,7 +18,7 @@ from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.phases import PhasedPruning
 from lightning_prune.callbacks.widening import grow
-from lightning_prune.choices import unknown_name
+from lightning_prune.choices import check_at_least, unknown_name
 from lightning_prune.criteria.base import WEIGHT_ROLES, entries
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.gated_training import GatedTraining, refuse_repeated_losses
@@ -94,9 +94,8 @@ class GrowAndPrune(PhasedPruning):
             raise unknown_name("measure of a budget for gates", of, ["channels", "params", "macs"])
         if shrink not in ("rounds", "end"):
             raise unknown_name("shrink of a network that grows", shrink, ["rounds", "end"])
-        for name, value, least in (("expand", expand, 1), ("noise", noise, 0), ("strength", strength, 0)):
-            if not (math.isfinite(value) and value >= least):
-                raise ConfigurationError(f"{name} must be a finite number of at least {least}, but is {value}.")
+        check_at_least(1, expand=expand)
+        check_at_least(0, noise=noise, strength=strength)
         self.expand, self.noise, self.branches, self.strength = expand, noise, branches, strength
         self.start, self.end, self.interval, self.unit = start, end, interval, unit
 

@@ -16,7 +16,7 @@ from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.scored_network import schedule_of, scored_network
 from lightning_prune.callbacks.scorer_files import ScorerPruning
-from lightning_prune.errors import ConfigurationError
+from lightning_prune.choices import check_at_least
 from lightning_prune.schedules import Schedule, ScheduleName
 from lightning_prune.scoring import Stage, stages_from
 
@@ -99,8 +99,7 @@ class ScoringNetPruning(ScorerPruning):
             "l2", remove, of, schedule_of(mode, of, schedule), scope, include, exclude, None, round_to, min_channels,
             shrink=shrink, verify=verify, seed=seed, directory=directory, monitors=monitors,
         )  # fmt: skip
-        if min(batches, rehearse) < 0:
-            raise ConfigurationError(f"batches and rehearse must be at least 0, but are {batches} and {rehearse}.")
+        check_at_least(0, batches=batches, rehearse=rehearse)
         self.mode, self.stages, self.steps, self.batches, self.rehearse = mode, stages, steps, batches, rehearse
         self.rescale, self.freeze, self.adapt_steps = rescale, freeze, adapt_steps
         self.scorer_path, self.save_scorer = scorer_path, save_scorer

@@ -19,7 +19,7 @@ from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.subnet_methods import SubnetPruning
 from lightning_prune.callbacks.subnets import SubnetTraining
-from lightning_prune.choices import unknown_name
+from lightning_prune.choices import check_at_least, unknown_name
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.gated_training import moved_by, refuse_repeated_losses
 from lightning_prune.schedules import OneShot, Position, Unit
@@ -45,25 +45,23 @@ class SearchAndTrain(SubnetPruning):
     own optimizer and schedule without restarts, and of ``robust`` the whole: who teaches, when, and with what weights.
 
     Args:
-        remove: Fraction to remove in all, in [0, 1).
+        remove: As for :class:`~lightning_prune.ChannelPruning`.
         of: What it is a fraction of.
         coarse, at: Positions at which the search begins, and at which it ends and channels go.
         unit: Of both: ``"fraction"`` of the fit, ``"epoch"`` or ``"step"``.
-        iterations: How many times subnets are drawn in this time.
-        candidates: How many are drawn each time, at least 2.
+        iterations: How many times subnets are drawn in this time; default: 5, or as many as there are steps for.
+        candidates, batches: How many are drawn each time, at least 2; how many batches their losses are measured on.
         alpha_every: Every how many-th optimizer step moves the importances instead of weights.
-        variance: How much it counts, against the loss, that the importances of a group lie apart.
+        variance: How much it counts, against the loss, that they lie apart.
         thresholds: Shares of the mass to draw from, each in (0, 1], of which only ratios count; default: 0.5 to 1.
         alpha_lr, threshold_lr: Learning rates of the importances and of the small network.
         noise: Size of the Gumbel noise on the importances that subnets are drawn by, in the first half of the search.
-        batches: Number of batches that the loss of a subnet is measured on.
         robust: Whether subnets learn half from teachers, each the more for a sample the less it errs on it: the moving
             average (0.999, less at first) of the coarse network, the subnet with the best reward so far, and
             ``teachers``. For class scores; costs a run of each teacher in each step, and two more networks in memory.
         teachers: Paths of checkpoints of further teachers, pruned or not.
         output_of, labels: As for :class:`~lightning_prune.Distillation`.
-        include, exclude, round_to, min_channels, shrink, verify, recalibrate, seed, directory, monitors: As for
-            :class:`~lightning_prune.ChannelPruning`.
+        include, exclude, round_to, min_channels, shrink, verify, recalibrate, seed, directory, monitors: As ``remove``.
 
     Raises:
         ConfigurationError: If an argument is wrong, or the phases do not fit into the fit.
@@ -78,12 +76,12 @@ class SearchAndTrain(SubnetPruning):
 
     def __init__(
         self, remove: float = 0.5, of: Literal["channels", "params", "macs"] = "macs", coarse: float = 0.1,
-        at: float = 0.3, unit: Unit = "fraction", iterations: int = 10, alpha_every: int = 5, alpha_lr: float = 0.005,
-        variance: float = 0.1, thresholds: Sequence[float] | None = None, threshold_lr: float = 0.01,
-        candidates: int = 4, noise: float = 0.05, batches: int = 4, include: Patterns | None = None,
-        exclude: Patterns | None = None, round_to: int = 1, min_channels: int | float = 1,
-        shrink: Shrink = "rounds", verify: bool = True, recalibrate: int = 0, seed: int = 0,
-        directory: str | None = None, robust: bool = False, teachers: Sequence[str] | None = None,
+        at: float = 0.15, unit: Unit = "fraction", iterations: int | None = None, alpha_every: int = 5,
+        alpha_lr: float = 0.005, variance: float = 0.1, thresholds: Sequence[float] | None = None,
+        threshold_lr: float = 0.01, candidates: int = 8, noise: float = 0.05, batches: int = 16,
+        include: Patterns | None = None, exclude: Patterns | None = None, round_to: int = 1,
+        min_channels: int | float = 1, shrink: Shrink = "rounds", verify: bool = True, recalibrate: int = 0,
+        seed: int = 0, directory: str | None = None, robust: bool = False, teachers: Sequence[str] | None = None,
         output_of: str | None = None, labels: str | int | None = None, monitors: Monitors = "keep",
     ) -> None:  # fmt: skip
         super().__init__(
@@ -95,11 +93,10 @@ class SearchAndTrain(SubnetPruning):
             raise unknown_name("measure of SearchAndTrain", of, ["channels", "params", "macs"])
         if not 0 <= coarse < at:
             raise ConfigurationError(f"the search must begin before it ends, but it is from {coarse} to {at}.")
-        if min(iterations, batches) < 1 or min(alpha_every, candidates) < 2 or min(alpha_lr, threshold_lr) <= 0:
-            raise ConfigurationError(
-                f"iterations and batches must be at least 1, alpha_every and candidates at least 2 and rates above 0, "
-                f"but are {iterations}, {batches}, {alpha_every}, {candidates}, {alpha_lr} and {threshold_lr}."
-            )
+        check_at_least(1, iterations=iterations, batches=batches)
+        check_at_least(2, alpha_every=alpha_every, candidates=candidates)
+        if not min(alpha_lr, threshold_lr) > 0:
+            raise ConfigurationError(f"learning rates must be above 0, but are {alpha_lr} and {threshold_lr}.")
         if thresholds is not None and not (thresholds and all(0 < share <= 1 for share in thresholds)):
             raise ConfigurationError(f"thresholds must be shares in (0, 1], but are {list(thresholds)}.")
         if teachers and not robust:
@@ -113,9 +110,10 @@ class SearchAndTrain(SubnetPruning):
     def check_phases(self, last: Position) -> None:
         super().check_phases(last)
         steps = last.step * (1 - self.coarse / self.at)
-        if steps < self.iterations * self.alpha_every:
+        self._times = self.iterations or max(int(min(steps / self.alpha_every, 5)), 1)
+        if steps < self._times * self.alpha_every:
             raise ConfigurationError(
-                f"{self.iterations} subnets of {self.alpha_every} or more optimizer steps each do not fit into the "
+                f"{self._times} subnets of {self.alpha_every} or more optimizer steps each do not fit into the "
                 f"{steps:g} steps of the search. Train longer, have fewer iterations, or a lower alpha_every."
             )
 
@@ -148,7 +146,7 @@ class SearchAndTrain(SubnetPruning):
         if not self.searching:
             self._search.begin(self._scores(network))
         subnet = self._subnet or self.open(network)
-        iteration = min(math.floor(share * self.iterations + 1e-9), self.iterations - 1)
+        iteration = min(math.floor(share * self._times + 1e-9), self._times - 1)
         if iteration != self.learnt["iteration"]:
             self.learnt.update(iteration=iteration, settled=self._compete(network, subnet, iteration))
             subnet.enter(self._search.gates())
@@ -186,7 +184,7 @@ class SearchAndTrain(SubnetPruning):
     def _compete(self, network: Network, subnet: SubnetTraining, iteration: int) -> bool:
         """See whether another subnet is better than the present one, and whether all of them are nearly it by now."""
         batches, trained = network.probe.batches(self.batches), bool(self._search.keep)
-        noise = self.noise if iteration < self.iterations / 2 else 0.0
+        noise = self.noise if iteration < self._times / 2 else 0.0
         meet, reward = partial(self._selection, network, level=1.0), partial(self._reward, network, subnet, batches)
         draw = self.generator(f"subnet {iteration}")
         present, alike = self._search.compete(self.candidates, noise, meet, reward, draw)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lightning_prune.budget import check_fraction
-from lightning_prune.choices import unknown_name
+from lightning_prune.choices import check_at_least, unknown_name
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.figures import new_figure, save_picture
 
@@ -56,9 +56,7 @@ class WidthSearch:
         """Refuse what cannot be searched with."""
         if self.mode not in ("max", "min"):
             raise unknown_name("mode", self.mode, ["max", "min"])
-        for name, value in (("cycle", self.cycle), ("patience", self.patience)):
-            if value < 1:
-                raise ConfigurationError(f"{name} of a search must be at least 1, but is {value}.")
+        check_at_least(1, cycle=self.cycle, patience=self.patience)
         if not 0 < self.step < 1:
             raise ConfigurationError(f"step of a search must be a fraction in (0, 1), but is {self.step}.")
         if not self.tolerance >= 0:

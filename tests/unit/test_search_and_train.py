@@ -283,6 +283,18 @@ def test_a_fit_that_is_stopped_in_the_search_meets_its_budget_at_its_end():
     assert callback.report.reached == 0.5
 
 
+def test_by_default_there_are_as_many_draws_as_there_are_steps_for():
+    class Times(L.Callback):
+        seen = frozenset()
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.seen |= {pruning.learnt["iteration"]}
+
+    pruning, times = searching(iterations=None, at=3, noise=1.0), Times()  # for each of them 3 of 12 steps
+    fit(pruning, times, epochs=4)
+    assert times.seen == {-1, 0, 1, 2, 3}
+
+
 def test_accumulated_batches_are_one_step_for_the_weights_and_for_the_importances():
     callback = searching(alpha_every=2, iterations=1)
     diary = Diary(callback)
@@ -296,8 +308,10 @@ def test_accumulated_batches_are_one_step_for_the_weights_and_for_the_importance
     ("arguments", "message"),
     [
         ({"coarse": 2, "at": 2}, "must begin before it ends"),
-        ({"alpha_every": 1}, "alpha_every and candidates at least 2"),
-        ({"candidates": 1}, "alpha_every and candidates at least 2"),
+        ({"alpha_every": 1}, "alpha_every must be a finite number of at least 2, but is 1"),
+        ({"candidates": 1}, "candidates must be a finite number of at least 2, but is 1"),
+        ({"iterations": 0}, "iterations must be a finite number of at least 1, but is 0"),
+        ({"alpha_lr": 0.0}, "learning rates must be above 0"),
         ({"thresholds": [0.5, 1.2]}, "shares in"),
         ({"thresholds": []}, "shares in"),
         ({"of": "latency"}, "unknown measure of SearchAndTrain 'latency'"),

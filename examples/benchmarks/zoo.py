@@ -24,7 +24,7 @@ from typing import Any
 from zoo_parts.backends import BACKENDS
 from zoo_parts.selfcheck import self_check
 from zoo_parts.suites import SUITES, model_names
-from zoo_parts.tables import read_rows, table
+from zoo_parts.tables import MOST_PARAMETERS, read_rows, table
 from zoo_parts.worker import work
 
 _PROCESSES = multiprocessing.get_context("forkserver")  # what takes seconds to import is imported once
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--timeout", type=int, default=300, help="CPU seconds for the pruning call")
     p.add_argument("--memory", type=float, default=14, help="GB for each process")
-    p.add_argument("--max-params", type=int, default=400_000_000, help="larger models are skipped, by name")
+    p.add_argument("--max-params", type=int, default=MOST_PARAMETERS, help="larger models are skipped, by name")
     p.add_argument("--jobs", type=int, default=1, help="models at a time")
     p.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="make the table from these records")
     p.add_argument("--self-check", action="store_true", help="corrupt correct results; the judge must flag each")

@@ -49,6 +49,14 @@ def test_the_commands_name_the_models_of_a_part_of_a_suite():
     assert "--models a " in commands[1]
 
 
+def test_a_model_that_was_too_large_at_first_counts_as_it_came_out_with_room():
+    text = table([row("a"), row("b", verdict="skipped"), row("b", max_params=700_000_000)])
+    commands = [line for line in text.splitlines() if "zoo.py --su" in line]
+    assert ["--models" in command for command in commands] == [False, True]
+    assert "--max-params 700000000 --models b " in commands[1].replace(" --timeout 90 --memory 11", "")
+    assert lines_with(text, "timm", "ours", "2", "2", "2", "2", "2")
+
+
 def test_records_are_read_compressed_or_not(tmp_path):
     text = json.dumps(row("a")) + "\n"
     (tmp_path / "plain.jsonl").write_text(text)

@@ -30,6 +30,8 @@ _ATTENTION = re.compile(
     re.IGNORECASE,
 )
 _LONGEST_REASONS = 4
+MOST_PARAMETERS = 400_000_000
+"""Size of the largest models that are looked at unless told otherwise."""
 
 
 def read_rows(files: Iterable[Path]) -> list[Row]:
@@ -41,14 +43,15 @@ def read_rows(files: Iterable[Path]) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The whole page."""
+    """The whole page. Of several records of the same model, backend and settings the last one counts."""
+    records = rows
     rows = list({(row["suite"], _backend(row), row["model"]): row for row in rows}.values())
     if not rows:
         return "# Model zoos\n\nNo records.\n"
     parts = [
         "# Model zoos: every backend, one judge",
         _introduction(rows),
-        "## Commands\n\n" + _commands(rows),
+        "## Commands\n\n" + _commands(records),
         "## Pass counts\n\n" + _pass_counts(rows),
         "## Same models\n\n" + _same_models(rows),
         "## Time, memory and what was removed\n\n" + _medians(rows),
@@ -80,17 +83,17 @@ Versions: {", ".join(f"{package} {number}" for package, number in versions.items
 
 def _commands(rows: Sequence[Row]) -> str:
     suites: dict[str, set[str]] = {}
-    models: dict[tuple[str, str], list[str]] = {}
+    models: dict[tuple[str, str], dict[str, None]] = {}
     for row in rows:
         options = "".join(
             f" --{key} {row[key]}"
-            for key, usual in (("ratio", 0.5), ("norms", "exact"), ("seed", 0))
-            if row[key] != usual
-        )
+            for key, usual in (("ratio", 0.5), ("norms", "exact"), ("seed", 0), ("max_params", MOST_PARAMETERS))
+            if row.get(key, usual) != usual
+        ).replace("_", "-")
         limits = f" --timeout {row['timeout']} --memory {row['memory']:g}"
         line = f"python examples/benchmarks/zoo.py --suite {row['suite']} --backend {row['backend']}{options}{limits}"
         suites.setdefault(row["suite"], set()).add(row["model"])
-        models.setdefault((row["suite"], line), []).append(row["model"])
+        models.setdefault((row["suite"], line), {})[row["model"]] = None
     runs = [
         line + ("" if len(found) == len(suites[suite]) else " --models " + ",".join(found)) + f" --out {number}.jsonl"
         for number, ((suite, line), found) in enumerate(models.items())

@@ -49,6 +49,7 @@ from lightning_prune.reinit.targets import not_frozen
 from lightning_prune.report import PruneReport, Request
 from lightning_prune.schedules import Position, Schedule, ScheduleName, schedule_from
 from lightning_prune.surgery.optimizer_state import leaves_zeros
+from lightning_prune.text import listed
 
 Shrink = Literal["rounds", "end", "never"]
 
@@ -136,6 +137,7 @@ class PruningCallback(PruningMethod, Callback):
         if stage == "fit":
             refuse_unsupported(trainer, self.shrink != "never")
             self._report = None
+            self._observing = self._works = False
             self._monitoring.begin()
         if self._module is None or self._module() is not pl_module:
             self._module = weakref.ref(pl_module)
@@ -283,8 +285,15 @@ class PruningCallback(PruningMethod, Callback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Trace the network; start the record, or go on with the one that an earlier fit or a checkpoint left."""
         assert self._probe is not None
+        method = type(self).__name__
+        if self._record.get("method", method) != method:
+            raise ConfigurationError(
+                f"this fit goes on from a checkpoint that {self._record['method']} has written, but has {method} for a "
+                f"callback. Resume with {self._record['method']}, or load the file with load_pruned and start a new "
+                f"fit with {method}."
+            )
         if pl_module.example_input_array is not None:
-            self._probe.programs()[-1].run()  # says it if that does not fit
+            self._probe.example().run()  # says it if that does not fit
         network = Network(trainer, pl_module, self._probe, self._record, self.norms, self.inner or ())
         if not self._record:
             try:
@@ -301,12 +310,18 @@ class PruningCallback(PruningMethod, Callback):
 
     def _start_record(self, network: Network) -> None:
         fresh = {"version": VERSION, "level": 0.0, "target": 0.0, "rounds": [], "before": asdict(network.totals())}
-        self._record.update(fresh, original=dict(network.original))
+        self._record.update(fresh, method=type(self).__name__, original=dict(network.original))
         if not self.can_prune(network):
             reasons = "; ".join(f"{path}: {reason}" for path, reason in network.graph.refused[:5])
             name = type(network.module).__name__
             rank_zero_warn(f"nothing in {name} can be pruned, training goes on without it ({reasons})")
         else:
+            if network.unused:
+                rank_zero_warn(
+                    f"the runs that channels were found by did not use {listed(list(network.unused), 90)}. If a later "
+                    f"step does, what feeds them may be cut by then, and it fails: exclude that. If none does, nothing "
+                    f"is wrong."
+                )
             self.prepare(network)
             if self._reinit.needs_origin:
                 network.remember()
@@ -319,6 +334,7 @@ class PruningCallback(PruningMethod, Callback):
             return
         if not (announced and leaves_zeros(optimizer)):
             self._network.mask_weights()
+        self._network.note_late_use()
         if not left_out:  # a fused optimizer has been called even so, and has moved nothing
             self.after_step(self._network, optimizer)
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from torch import Tensor
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.support import nested_optimizers, rewrap, shadows
@@ -31,6 +32,7 @@ from lightning_prune.surgery import Shrunk, keep_whole, resized, shrink, trace_p
 from lightning_prune.surgery.attributes import integer_settings, write_settings
 from lightning_prune.surgery.resize import read, resize
 from lightning_prune.surgery.symbols import Setting
+from lightning_prune.text import listed
 from lightning_prune.weight_masks import WeightMasks
 
 
@@ -52,6 +54,7 @@ class Network:
         origin: Parameters and buffers as they once were, at their present sizes; empty until :meth:`remember`.
         tensors: Parameters and buffers by full name.
         original: Width of every group before any pruning.
+        unused: Parameters that are trained, though no run of the trace has used them.
         whole: Groups that turned out in this training to be impossible to cut any further, with their widths.
     """
 
@@ -76,21 +79,42 @@ class Network:
         self._cut: set[str] = set(record.get("cut", ()))
         self._dims: dict[str, set[int]] = {name: set(dims) for name, dims in record.get("dims", {}).items()}
         self.whole: dict[str, int] = dict(record.get("whole", {}))
+        self.original: dict[str, int] = dict(record.get("original", {}))
         self.origin: dict[str, Tensor] = dict(record.get("origin", {}))
         self.weights = WeightMasks(record.get("weights", {}))
+        self._used_late: set[str] = set()
         self._trace()
-        self.original: dict[str, int] = {**self.graph.widths, **record.get("original", {})}
+        self.original = {**self.graph.widths, **self.original}
         self._mask(record.get("masks", {}))
 
     def _trace(self) -> None:
         """Find the channel groups of the module as it is now; all units count as kept."""
         self.tensors = named_leaves(self.module)
         traced = trace_programs(self.module, self.probe.programs(), self._norms, self._inner)
-        self.graph = keep_whole(traced, dict.fromkeys(self.whole, "could not be cut exactly when it came to it"))
+        self.graph = keep_whole(traced, {name: self._reason(name) for name in self.whole})
         for slot in (slot for group in self.graph.groups.values() for slot in group.slots):
             self._dims.setdefault(slot.tensor, set()).add(slot.dim)
         self.masks = Masks(self.graph)
         self._cost = CostModel(self.graph, [name for name, _ in self.module.named_parameters()])
+        self.unused = self._unused()
+
+    def _unused(self) -> dict[str, nn.Parameter]:
+        trained = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        evidence = self.graph.evidence
+        return {
+            name: parameter
+            for name, parameter in self.module.named_parameters()
+            if evidence is not None and name not in evidence.touched
+            if parameter.requires_grad and id(parameter) in trained
+        }
+
+    def _reason(self, name: str) -> str:
+        late = name not in self.original
+        return "was not used when the fit began" if late else "could not be cut exactly when it came to it"
+
+    def note_late_use(self) -> None:
+        """See whether a step has used parameters that no run of the trace did."""
+        self._used_late |= {name for name, parameter in self.unused.items() if parameter.grad is not None}
 
     def _mask(self, masks: Mapping[str, Tensor]) -> None:
         """Take over masks of an earlier graph."""
@@ -98,13 +122,23 @@ class Network:
         self.masks.set({name: masks[name] for name in fitting})
 
     def refresh(self) -> None:
-        """Trace again if the user's code or another callback has replaced a parameter or buffer by another tensor."""
+        """Trace again if a parameter or buffer is another tensor by now, or a step has used one that no run did."""
         present = named_leaves(self.module)
-        if present.keys() != self.tensors.keys() or any(present[n] is not t for n, t in self.tensors.items()):
-            masks = self.masks.keep
+        replaced = present.keys() != self.tensors.keys() or any(present[n] is not t for n, t in self.tensors.items())
+        if replaced or self._used_late:
+            masks, late = self.masks.keep, self._used_late
+            self._used_late = set()
             self._trace()
+            if late:
+                self.whole.update({n: width for n, width in self.graph.widths.items() if n not in self.original})
+                self._trace()
             self._mask(masks)
             self.rewrap()
+            if missed := sorted(late & self.unused.keys()):
+                rank_zero_warn(
+                    f"steps have used {listed(missed, 90)}, but the training step as it is run to find channels does "
+                    f"not: what feeds them may be cut, and then they fail. Exclude that."
+                )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold beside the weights, in plain types."""
@@ -135,7 +169,8 @@ class Network:
     def with_others(self, widths: Mapping[str, int]) -> dict[str, int]:
         """Widths of the present groups, with those of original groups that can be cut no further."""
         alone = dict.fromkeys(self.original, 1)  # down to a single channel, a group is none any more
-        return {name: widths.get(name, left) for name, left in {**alone, **self.whole}.items()}
+        left_whole = {name: width for name, width in self.whole.items() if name in self.original}
+        return {name: widths.get(name, left) for name, left in {**alone, **left_whole}.items()}
 
     @property
     def optimizers(self) -> list[Optimizer]:

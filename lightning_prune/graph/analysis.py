@@ -101,9 +101,11 @@ class Analysis:
         for program in programs:
             check_samples(program.name, program.samples)
             try:
-                touched |= self._trace(program)
+                reached = self._trace(program)
+                touched |= set() if program.restricts else reached
             except Exception as error:
-                failures[program.name] = error
+                if not program.restricts:
+                    failures[program.name] = error
                 self.notes.append(Refusal(program.name, f"could not be run ({error})"))
         ran = {_entry_point(run.program.name) for run in self.runs}
         for name, failure in failures.items():

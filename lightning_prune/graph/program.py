@@ -39,6 +39,8 @@ class Program:
         samples: Number of samples in the data it runs on; costs are given per sample.
         handed_out: Picks from what ``run`` returned the tensors that the network hands to the outside; these keep
             their shape whatever is pruned.
+        restricts: Whether it only says what must stay as it is: it may fail, and tensors that no other program uses
+            stay whole.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Program:
     training: bool = False
     samples: int = 1
     handed_out: Callable[[Any], Any] = lambda result: result
+    restricts: bool = False
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,11 @@ from lightning_prune.probe.sandbox import Record, sandbox
 SEED = 20
 """Seed inside every sandbox: runs of one program see the same random numbers, and so does a resumed fit."""
 
+_PRECISION = {
+    "forward": "forward_context",
+    "validation_step": "val_step_context",
+    "predict_step": "predict_step_context",
+}
 _STEP_REMEDY = (
     "The traceback above shows the line. While pruning, this runs on single batches at any point of the fit; it has to "
     "work on every training batch and may not count on what was run before."
@@ -50,6 +56,7 @@ class Runs:
         self._module = pl_module
         self._observed: deque[Any] = deque(maxlen=cache)
         self._fixed: list[Any] = []
+        self._others: dict[str, int] | None = None
 
     def observe(self, batch: Any) -> None:
         """Remember a batch of the running training, as ``on_train_batch_start`` gets it."""
@@ -99,7 +106,9 @@ class Runs:
         """Ways of running the network, all on one batch that is fetched once (see :meth:`refresh`).
 
         ``training_step`` in evaluation and in train mode, and ``forward`` on ``example_input_array`` in evaluation mode
-        where that is set; ``forward`` in both modes where there is no batch to be had.
+        where that is set; ``forward`` in both modes where there is no batch to be had. Then what else hands something
+        out, on the batch of training as far as that will do: ``validation_step``, ``predict_step``, and ``forward``
+        where the training step does not call it.
 
         Returns:
             Programs whose ``run()`` returns a dict: ``"return"`` is what the step or ``forward`` returned, ``"log"``
@@ -118,7 +127,11 @@ class Runs:
                 raise
             return [self._forward_program(training) for training in (False, True)]
         programs = [self._step_program(batch, training) for training in (False, True)]
-        return programs + ([self._forward_program(False)] if has_example else [])
+        return programs + ([self._forward_program(False)] if has_example else []) + self._other_programs(batch)
+
+    def example(self) -> Program:
+        """``forward`` on ``example_input_array`` in evaluation mode."""
+        return self._forward_program(False)
 
     def evaluations(self, count: int) -> list[Program]:
         """The first of :meth:`programs` on several batches: the training step in evaluation mode, without gradients.
@@ -164,7 +177,45 @@ class Runs:
         example = self._module.example_input_array
         return self._program("forward", training, self._forward, example, _EXAMPLE_REMEDY)
 
-    def _program(self, what: str, training: bool, call: Callable[[], Any], data: Any, remedy: str) -> Program:
+    def _other_programs(self, batch: Any) -> list[Program]:
+        if self._others is None:
+            wanted = [name for name in ("validation_step", "predict_step") if is_overridden(name, self._module)]
+            if self._module.example_input_array is None and is_overridden("forward", self._module):
+                wanted += [] if self._training_calls_forward(batch) else ["forward"]
+            self._others = {name: self._way_to_call(name, batch) for name in wanted}
+        return [
+            self._program(name, False, partial(self._call, name, place, batch), batch, _STEP_REMEDY, restricts=True)
+            for name, place in self._others.items()
+        ]
+
+    def _training_calls_forward(self, batch: Any) -> bool:
+        with self._sandbox("training_step", True) as record, torch.no_grad(), NoBackward(record.losses):
+            self._training_step(copied(batch))
+        return "forward" in record.outputs
+
+    def _way_to_call(self, name: str, batch: Any) -> int:
+        """Number of the first way that works of calling something with a batch, or 0."""
+        for place in range(len(_arguments(name, batch))):
+            try:
+                with self._sandbox(name, False) as record, torch.no_grad(), NoBackward(record.losses):
+                    self._call(name, place, batch)
+            except PruneError:
+                continue
+            return place
+        return 0
+
+    def _call(self, name: str, place: int, batch: Any) -> Any:
+        called = self._module if name == "forward" else getattr(self._module, name)
+        args, kwargs = _arguments(name, copied(batch))[place]
+        if name != "forward":
+            indices = (("batch_idx", 2), ("dataloader_idx", 3))
+            args += tuple(0 for index, number in indices if is_param_in_hook_signature(called, index, min_args=number))
+        with self._precision(_PRECISION[name]):
+            return called(*args, **kwargs)
+
+    def _program(
+        self, what: str, training: bool, call: Callable[[], Any], data: Any, remedy: str, restricts: bool = False
+    ) -> Program:
         name = f"{what} ({'train' if training else 'evaluation'} mode)"
 
         def run() -> dict[str, Any]:
@@ -173,7 +224,7 @@ class Runs:
             handed_out = {"return": returned, "log": record.logged, "backward": record.losses}
             return {**handed_out, "outputs": record.outputs}
 
-        return Program(name, run, training, count_samples(data), _handed_out)
+        return Program(name, run, training, count_samples(data), _handed_out, restricts)
 
     def _training_step(self, batch: Any) -> Any:
         takes_index = is_param_in_hook_signature(self._module.training_step, "batch_idx", min_args=2)
@@ -250,6 +301,19 @@ class Runs:
             raise TraceError(
                 f"{name} of {type(self._module).__name__} failed with {type(error).__name__}: {error}. {remedy}"
             ) from error
+
+
+def _arguments(name: str, batch: Any) -> list[tuple[tuple[Any, ...], Mapping[str, Any]]]:
+    """Arguments that something of a module may take, the likeliest first, when training gets such a batch."""
+    whole: tuple[tuple[Any, ...], Mapping[str, Any]] = ((batch,), {})
+    if name == "validation_step":
+        return [whole]
+    if isinstance(batch, Mapping):
+        return [whole] if name == "predict_step" else [((), batch), whole]
+    if isinstance(batch, (tuple, list)) and batch:
+        inputs: tuple[tuple[Any, ...], Mapping[str, Any]] = ((batch[0],), {})
+        return [whole, inputs] if name == "predict_step" else [inputs, (tuple(batch), {}), whole]
+    return [whole]
 
 
 def _dense(parameter: nn.Parameter, gradient: Tensor | None) -> Tensor:

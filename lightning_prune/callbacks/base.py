@@ -35,6 +35,7 @@ from lightning_prune.callbacks.support import (
     last_position_of,
     length_of,
     position_of,
+    refuse_own_averages,
     refuse_unsupported,
     say,
     shadows,
@@ -316,6 +317,8 @@ class PruningCallback(PruningMethod, Callback):
             name = type(network.module).__name__
             rank_zero_warn(f"nothing in {name} can be pruned, training goes on without it ({reasons})")
         else:
+            if self.shrink == "rounds":
+                refuse_own_averages(network.module, network.used)
             if network.unused:
                 rank_zero_warn(
                     f"the runs that channels were found by did not use {listed(list(network.unused), 90)}. If a later "

@@ -54,7 +54,8 @@ class Network:
         origin: Parameters and buffers as they once were, at their present sizes; empty until :meth:`remember`.
         tensors: Parameters and buffers by full name.
         original: Width of every group before any pruning.
-        unused: Parameters that are trained, though no run of the trace has used them.
+        used: Names of the parameters and buffers that the runs of the trace have used.
+        unused: Parameters that are trained, though none of these runs has used them.
         whole: Groups that turned out in this training to be impossible to cut any further, with their widths.
     """
 
@@ -96,16 +97,15 @@ class Network:
             self._dims.setdefault(slot.tensor, set()).add(slot.dim)
         self.masks = Masks(self.graph)
         self._cost = CostModel(self.graph, [name for name, _ in self.module.named_parameters()])
+        self.used = self.graph.evidence.touched if self.graph.evidence is not None else set(self.tensors)
         self.unused = self._unused()
 
     def _unused(self) -> dict[str, nn.Parameter]:
         trained = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
-        evidence = self.graph.evidence
         return {
             name: parameter
             for name, parameter in self.module.named_parameters()
-            if evidence is not None and name not in evidence.touched
-            if parameter.requires_grad and id(parameter) in trained
+            if name not in self.used and parameter.requires_grad and id(parameter) in trained
         }
 
     def _reason(self, name: str) -> str:

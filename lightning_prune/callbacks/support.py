@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import astuple
 
 import torch
@@ -39,6 +39,25 @@ def refuse_unsupported(trainer: Trainer, shrinks: bool) -> None:
             f"own and afterwards loads their weights into the full-width network of the main process, which cannot "
             f"hold them. Use strategy='ddp' in a script, one device, or shrink='never'."
         )
+
+
+def refuse_own_averages(module: nn.Module, used: Container[str]) -> None:
+    """Refuse averages that a module holds of its own weights, which a cut does not reach.
+
+    Args:
+        module: The module.
+        used: Names of the parameters that are found by a trace.
+
+    Raises:
+        ConfigurationError: With the remedy.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, AveragedModel) and not any(f"{name}.{n}" in used for n, _ in part.named_parameters()):
+            raise ConfigurationError(
+                f"{type(module).__name__}.{name} averages weights of the module by itself, which fails once they are "
+                f"cut. Use the callback lightning.pytorch.callbacks.WeightAveraging, whose average is cut along, or "
+                f"shrink='end'."
+            )
 
 
 def length_of(trainer: Trainer) -> Position:

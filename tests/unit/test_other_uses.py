@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn.functional import mse_loss
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune import ConfigurationError, GReg, GrowAndPrune, OneShot, WeightPruning
 from tests.fits import BATCHES, CLASSES, SmallNet, fit, loader, pruning, small_net, trainer, widths
@@ -130,6 +131,26 @@ def test_a_part_that_joins_after_the_round_was_warned_of():
         pytest.warns(UserWarning, match="did not use"),
     ):
         fit(pruning(schedule=OneShot(1, "epoch")), module=Late(joins=2), epochs=4)
+
+
+class Averaged(SmallNet):
+    """Averages its own weights, and validates with the average."""
+
+    def __init__(self):
+        super().__init__()
+        self.average = AveragedModel(self.net)
+
+    def on_train_batch_end(self, *_):
+        self.average.update_parameters(self.net)
+
+
+def test_an_average_that_no_cut_reaches_is_refused_at_the_start():
+    module = Averaged()
+    with pytest.raises(ConfigurationError, match=r"Averaged.average averages weights of the module by itself"):
+        fit(pruning(), module=module, epochs=2)
+    assert widths(module) == widths(small_net())
+    fit(pruning(shrink="end"), module=module, epochs=2)
+    assert module.average.module[0].out_channels == 12
 
 
 def test_one_callback_serves_a_network_after_the_other():

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_prune.choices import unknown_name
+from lightning_prune.choices import check_at_least, is_number, unknown_name
 from lightning_prune.errors import BudgetError, ConfigurationError, PruneError
 
 Scope = Literal["global", "group", "isomorphic"]
@@ -42,14 +42,13 @@ class Limits:
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
-        share = isinstance(self.min_channels, float) and 0 < self.min_channels < 1
-        if not share and not (self.min_channels >= 1 and self.min_channels == int(self.min_channels)):
+        fewest = self.min_channels if is_number(self.min_channels) else math.nan
+        if not 0 < fewest < 1 and not (fewest >= 1 and fewest % 1 == 0):
             raise ConfigurationError(
                 "min_channels must be a number of units of at least 1 or a share of the original width in (0, 1), but "
-                f"is {self.min_channels}."
+                f"is {self.min_channels!r}."
             )
-        if self.round_to < 1:
-            raise ConfigurationError(f"round_to must be at least 1, but is {self.round_to}.")
+        check_at_least(1, whole=True, round_to=self.round_to)
 
     def width(self, wanted: int, present: int, original: int) -> int:
         """The smallest width allowed that is not below ``wanted``, or ``present`` where nothing may be cut.
@@ -67,26 +66,27 @@ class Limits:
 
 
 def check_fraction(remove: float, name: str = "remove") -> float:
-    """Refuse a fraction to remove that is not in [0, 1).
+    """Refuse a fraction to remove that is no number in [0, 1).
 
     Args:
         remove: The fraction.
         name: What to call it in the error.
 
     Returns:
-        The fraction.
+        The fraction, as a plain number.
 
     Raises:
-        ConfigurationError: If it is out of range.
+        ConfigurationError: If it is no number, or out of range.
 
     Example:
         >>> check_fraction(0.5)
         0.5
     """
-    if not 0 <= remove < 1:
-        hint = f" Did you mean {remove / 100:g}?" if 1 < remove < 100 else ""
-        raise ConfigurationError(f"{name} must be a fraction in [0, 1), but is {remove}.{hint}")
-    return remove
+    number = float(remove) if is_number(remove) else math.nan
+    if not 0 <= number < 1:
+        hint = f" Did you mean {number / 100:g}?" if 1 < number < 100 else ""
+        raise ConfigurationError(f"{name} must be a fraction in [0, 1), but is {remove!r}.{hint}")
+    return number
 
 
 def reachable(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -45,22 +46,69 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> Configuration
     return ConfigurationError(f"unknown {kind} {name!r}:{hint}{listed}")
 
 
-def check_at_least(least: float, **values: float | None) -> None:
-    """Refuse numbers that are too small, or not finite.
+def is_number(value: object, whole: bool = False) -> bool:
+    """Whether something is a real number, as numpy's are too; a truth value is none, though Python counts it as one.
+
+    Args:
+        value: Anything.
+        whole: Whether it must be of a whole number's type.
+
+    Example:
+        >>> is_number(0.5), is_number("0.5"), is_number(True), is_number(8.0, whole=True)
+        (True, False, False, False)
+    """
+    return isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
+
+
+def is_pair(value: object) -> bool:
+    """Whether something is a tuple or list of two numbers.
+
+    Example:
+        >>> is_pair((1, 0.5)), is_pair(0.5)
+        (True, False)
+    """
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(is_number, value))
+
+
+def check_at_least(least: float, *, whole: bool = False, optional: bool = False, **values: object) -> None:
+    """Refuse what is no number, too small, or not finite.
 
     Args:
         least: What each must be at least.
-        **values: The numbers by the name of their argument; None is left to its default.
+        whole: Whether each must be a whole number.
+        optional: Whether None is allowed, for what has a default elsewhere.
+        **values: The numbers by the name of their argument.
 
     Raises:
         ConfigurationError: For the first that is not.
 
     Example:
-        >>> check_at_least(1, rounds=3, batches=None)
+        >>> check_at_least(1, whole=True, optional=True, rounds=3, batches=None)
+    """
+    kind = "whole" if whole else "finite"
+    for name, value in values.items():
+        if optional and value is None:
+            continue
+        number: Any = value if is_number(value, whole) else math.nan
+        if not least <= number < math.inf:
+            raise ConfigurationError(f"{name} must be a {kind} number of at least {least:g}, but is {value!r}.")
+
+
+def check_switches(**values: object) -> None:
+    """Refuse what is neither True nor False.
+
+    Args:
+        **values: The switches by the name of their argument.
+
+    Raises:
+        ConfigurationError: For the first that is not.
+
+    Example:
+        >>> check_switches(verify=True)
     """
     for name, value in values.items():
-        if value is not None and not (math.isfinite(value) and value >= least):
-            raise ConfigurationError(f"{name} must be a finite number of at least {least:g}, but is {value}.")
+        if value not in (True, False):
+            raise ConfigurationError(f"{name} must be True or False, but is {value!r}.")
 
 
 def chosen(kind: str, choice: object, base: type[Any], known: Mapping[str, Callable[[], Thing]]) -> Thing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 import zlib
 from dataclasses import asdict
@@ -41,7 +42,7 @@ from lightning_prune.callbacks.support import (
     shadows,
 )
 from lightning_prune.checkpoint import VERSION, put_record, unwrap_hooks, wrap_hooks
-from lightning_prune.choices import unknown_name
+from lightning_prune.choices import check_at_least, check_switches, unknown_name
 from lightning_prune.errors import ConfigurationError, PruneError, ShrinkError
 from lightning_prune.graph.analysis import Norms
 from lightning_prune.probe import Probe
@@ -89,7 +90,7 @@ class PruningCallback(PruningMethod, Callback):
         self.recalibrate = recalibrate
         self.seed = seed
         self.directory = directory
-        self.inner = as_patterns(inner)
+        self.inner = as_patterns("inner", inner)
         self.monitors = monitors
         self._schedule = schedule_from(schedule)
         self._reinit = reinit_from(reinit)
@@ -97,8 +98,10 @@ class PruningCallback(PruningMethod, Callback):
             raise unknown_name("shrink", shrink, ["rounds", "end", "never"])
         if norms not in ("exact", "approximate"):
             raise unknown_name("norms", norms, ["exact", "approximate"])
-        if recalibrate < 0:
-            raise ConfigurationError(f"recalibrate is a number of batches, so at least 0, but is {recalibrate}.")
+        check_at_least(0, whole=True, recalibrate=recalibrate, seed=seed)
+        check_switches(verify=verify)
+        if not isinstance(directory, (str, os.PathLike, type(None))):
+            raise ConfigurationError(f"directory must be the path of a folder or None, but is {directory!r}.")
         self._record = {}
         self._module: weakref.ref[LightningModule] | None = None
         self._network: Network | None = None

@@ -17,7 +17,7 @@ from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.soft_exit import SoftExit
-from lightning_prune.choices import check_at_least, unknown_name
+from lightning_prune.choices import check_at_least, check_switches, unknown_name
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.schedules import Linear, Position, Schedule
 
@@ -98,8 +98,9 @@ class BayesianPruning(SoftExit):
         directory: str | None = None,
         monitors: Monitors = "keep",
     ) -> None:
-        check_at_least(1, rounds=rounds, draws=draws)
-        check_at_least(2, batches=batches)
+        check_at_least(1, whole=True, rounds=rounds, draws=draws)
+        check_at_least(2, whole=True, batches=batches)
+        check_switches(reparameterise=reparameterise, soft=soft)
         if not (0 <= memory <= 1 and weight > 0 and ridge >= 0):
             raise ConfigurationError(
                 f"memory must lie in [0, 1], weight above 0 and ridge not below 0, but they are {memory}, {weight} and "

@@ -130,8 +130,8 @@ class ChannelPruning(RepairingRounds):
             raise unknown_name("scope", scope, ["global", "group", "isomorphic"])
         self.criterion = criterion
         self.scope = scope
-        self.include = as_patterns(include)
-        self.exclude = as_patterns(exclude)
+        self.include = as_patterns("include", include)
+        self.exclude = as_patterns("exclude", exclude)
         self.ratios = ratios
         self.round_to = round_to
         self.min_channels = min_channels
@@ -142,6 +142,8 @@ class ChannelPruning(RepairingRounds):
         self._limits = Limits(min_channels, round_to)
         self._dense_latency: float | None = None
         self._latencies: dict[tuple[tuple[str, int], ...], float] = {}
+        if not isinstance(ratios, (Mapping, type(None))):
+            raise ConfigurationError(f"ratios must map patterns to fractions, as {{'conv1': 0.3}}, but is {ratios!r}.")
         for pattern, ratio in (ratios or {}).items():
             check_fraction(ratio, f"the ratio of {pattern!r}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import Union
 
@@ -16,14 +16,29 @@ Patterns = Union[Sequence[str], str]  # noqa: UP007 - jsonargparse takes what is
 """Patterns of names, or a single one."""
 
 
-def as_patterns(given: Patterns | None) -> Sequence[str] | None:
+def as_patterns(argument: str, given: Patterns | None) -> Sequence[str] | None:
     """A list of patterns, where a single one stands for a list of it.
 
+    Args:
+        argument: What to call it in the error.
+        given: The patterns, one of them, or None.
+
+    Raises:
+        ConfigurationError: If it is none of these.
+
     Example:
-        >>> as_patterns("layer1.*"), as_patterns(["a", "b"]), as_patterns(None)
+        >>> as_patterns("include", "layer1.*"), as_patterns("include", ["a", "b"]), as_patterns("include", None)
         (['layer1.*'], ['a', 'b'], None)
     """
-    return [given] if isinstance(given, str) else given
+    if given is None:
+        return None
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, Collection) or not all(isinstance(pattern, str) for pattern in given):
+        raise ConfigurationError(
+            f"{argument} must be a pattern of names or a list of patterns, such as ['layer1.*'], but is {given!r}."
+        )
+    return given
 
 
 def maskable_names(module: nn.Module) -> list[str]:

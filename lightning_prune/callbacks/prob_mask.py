@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.random_network import Init, RandomNetwork, Step, check_temperatures
+from lightning_prune.choices import is_pair
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.projection import euclidean
 from lightning_prune.weight_budget import Scope
@@ -64,7 +65,7 @@ class ProbMask(RandomNetwork):
             seed, directory,
         )  # fmt: skip
         check_temperatures(temperature)
-        if not 0 <= budget[0] < budget[1] <= 1:
+        if not (is_pair(budget) and 0 <= budget[0] < budget[1] <= 1):
             raise ConfigurationError(f"budget must be two shares of the fit that rise within [0, 1], but is {budget}.")
         self.temperature, self.budget = temperature, budget
 

@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.naming import Patterns, as_patterns, check_names, chosen_names, maskable_names
 from lightning_prune.callbacks.network import Network
-from lightning_prune.choices import unknown_name
+from lightning_prune.choices import check_at_least, is_number, is_pair, unknown_name
 from lightning_prune.effective import EffectiveWeights
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.lion import Lion
@@ -74,8 +74,9 @@ class RandomNetwork(PruningCallback):
         ):
             if name not in known:
                 raise unknown_name(kind, name, known)
-        if not lr > 0:
-            raise ConfigurationError(f"lr must be above 0, but is {lr}.")
+        if not (is_number(lr) and 0 < lr < math.inf):
+            raise ConfigurationError(f"lr must be a finite number above 0, but is {lr!r}.")
+        check_at_least(0, momentum=momentum, weight_decay=weight_decay)
         super().__init__(remove, "weights", _AT_THE_END, "keep", shrink, "exact", verify, recalibrate, seed, directory)
         self.scope: Scope = scope
         self.init = init
@@ -83,8 +84,8 @@ class RandomNetwork(PruningCallback):
         self.lr = lr
         self.momentum = momentum
         self.weight_decay = weight_decay
-        self.include = as_patterns(include)
-        self.exclude = as_patterns(exclude)
+        self.include = as_patterns("include", include)
+        self.exclude = as_patterns("exclude", exclude)
         self.floor = floor
         self._effective: EffectiveWeights | None = None
         self._optimizer: Optimizer | None = None
@@ -272,13 +273,15 @@ class RandomNetwork(PruningCallback):
 
 
 def check_temperatures(temperatures: tuple[float, float]) -> None:
-    """Refuse temperatures that do not fall, or not to one above 0.
+    """Refuse what is no pair of temperatures, or one that does not fall, or not to one above 0.
 
     Raises:
         ConfigurationError: If they do not.
     """
-    if not math.inf > temperatures[0] >= temperatures[1] > 0:
-        raise ConfigurationError(f"temperature must fall to a number above 0, but is {temperatures}.")
+    if not (is_pair(temperatures) and math.inf > temperatures[0] >= temperatures[1] > 0):
+        raise ConfigurationError(
+            f"temperature must fall to a number above 0, as in (1.0, 0.03), but is {temperatures!r}."
+        )
 
 
 def _beside(module: nn.Module, names: Sequence[str]) -> list[str]:

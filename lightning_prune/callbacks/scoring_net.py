@@ -99,7 +99,7 @@ class ScoringNetPruning(ScorerPruning):
             "l2", remove, of, schedule_of(mode, of, schedule), scope, include, exclude, None, round_to, min_channels,
             shrink=shrink, verify=verify, seed=seed, directory=directory, monitors=monitors,
         )  # fmt: skip
-        check_at_least(0, batches=batches, rehearse=rehearse)
+        check_at_least(0, whole=True, batches=batches, rehearse=rehearse)
         self.mode, self.stages, self.steps, self.batches, self.rehearse = mode, stages, steps, batches, rehearse
         self.rescale, self.freeze, self.adapt_steps = rescale, freeze, adapt_steps
         self.scorer_path, self.save_scorer = scorer_path, save_scorer

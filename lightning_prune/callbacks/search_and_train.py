@@ -93,8 +93,8 @@ class SearchAndTrain(SubnetPruning):
             raise unknown_name("measure of SearchAndTrain", of, ["channels", "params", "macs"])
         if not 0 <= coarse < at:
             raise ConfigurationError(f"the search must begin before it ends, but it is from {coarse} to {at}.")
-        check_at_least(1, iterations=iterations, batches=batches)
-        check_at_least(2, alpha_every=alpha_every, candidates=candidates)
+        check_at_least(1, whole=True, optional=True, iterations=iterations, batches=batches)
+        check_at_least(2, whole=True, alpha_every=alpha_every, candidates=candidates)
         if not min(alpha_lr, threshold_lr) > 0:
             raise ConfigurationError(f"learning rates must be above 0, but are {alpha_lr} and {threshold_lr}.")
         if thresholds is not None and not (thresholds and all(0 < share <= 1 for share in thresholds)):

@@ -94,8 +94,8 @@ class WeightPruning(PruningCallback):
         if scope is not None and scope not in get_args(Scope):
             raise unknown_name("scope", scope, list(get_args(Scope)))
         self.criterion = criterion
-        self.include = as_patterns(include)
-        self.exclude = as_patterns(exclude)
+        self.include = as_patterns("include", include)
+        self.exclude = as_patterns("exclude", exclude)
         self.floor = floor
         self.pattern = pattern
         self._criterion = weight_criterion_from(criterion)

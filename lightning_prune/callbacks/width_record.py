@@ -56,7 +56,7 @@ class WidthSearch:
         """Refuse what cannot be searched with."""
         if self.mode not in ("max", "min"):
             raise unknown_name("mode", self.mode, ["max", "min"])
-        check_at_least(1, cycle=self.cycle, patience=self.patience)
+        check_at_least(1, whole=True, cycle=self.cycle, patience=self.patience)
         if not 0 < self.step < 1:
             raise ConfigurationError(f"step of a search must be a fraction in (0, 1), but is {self.step}.")
         if not self.tolerance >= 0:

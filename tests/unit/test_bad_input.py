@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
 
-from lightning_prune import BudgetError, ConfigurationError, Linear, OneShot, PruneError, TraceError
+from lightning_prune import BudgetError, ConfigurationError, Linear, OneShot, PruneError, TraceError, load_pruned
 from lightning_prune.probe import Probe
 from tests.fits import SmallNet, equal, fit, parameters, pruning, small_net, surface, widths
 
@@ -53,12 +54,40 @@ def test_a_percentage_gets_a_hint():
         ({"min_channels": 0}, ["min_channels"]),
         ({"round_to": 0}, ["round_to"]),
         ({"recalibrate": -1}, ["recalibrate", "at least 0"]),
+        ({"recalibrate": 2.5}, ["recalibrate must be a whole number of at least 0, but is 2.5"]),
+        ({"recalibrate": True}, ["recalibrate must be a whole number of at least 0, but is True"]),
+        ({"seed": "a"}, ["seed must be a whole number of at least 0, but is 'a'"]),
+        ({"seed": -1}, ["seed must be a whole number of at least 0, but is -1"]),
+        ({"seed": None}, ["seed must be a whole number of at least 0, but is None"]),
+        ({"verify": "no"}, ["verify must be True or False, but is 'no'"]),
+        ({"directory": 3}, ["directory must be the path of a folder or None, but is 3"]),
+        ({"remove": "0.5"}, ["remove must be a fraction in [0, 1), but is '0.5'"]),
+        ({"remove": None}, ["remove must be a fraction in [0, 1), but is None"]),
+        ({"ratios": {"net.0": "0.3"}}, ["the ratio of 'net.0' must be a fraction in [0, 1), but is '0.3'"]),
+        ({"ratios": [0.3]}, ["ratios must map patterns to fractions", "but is [0.3]"]),
+        ({"include": 3}, ["include must be a pattern of names or a list of patterns", "but is 3"]),
+        ({"exclude": [3]}, ["exclude must be a pattern of names or a list of patterns", "but is [3]"]),
+        ({"inner": 3}, ["inner must be a pattern"]),
+        ({"round_to": "8"}, ["round_to must be a whole number of at least 1, but is '8'"]),
+        ({"round_to": 8.0}, ["round_to must be a whole number of at least 1, but is 8.0"]),
+        ({"min_channels": "4"}, ["min_channels must be a number of units", "but is '4'"]),
+        ({"min_channels": float("inf")}, ["min_channels must be a number of units", "but is inf"]),
     ],
 )
 def test_a_wrong_argument_is_refused_before_any_fit(arguments, words):
     with pytest.raises(ConfigurationError) as raised:
         pruning(**arguments)
     assert [word for word in words if word not in str(raised.value)] == []
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    callback = pruning(
+        remove=np.float32(0.5), round_to=np.int64(2), min_channels=np.float32(0.25), seed=np.int64(3),
+        recalibrate=np.int64(1), ratios={"net.0": np.float64(0.5)}, directory=tmp_path,
+    )  # fmt: skip
+    module, _ = fit(callback, epochs=2)
+    assert widths(module)[0] == 6
+    assert widths(load_pruned(tmp_path / "pruned.ckpt", small_net())) == widths(module)
 
 
 @pytest.mark.parametrize(

@@ -343,10 +343,12 @@ def test_more_rounds_than_the_fit_has_room_for(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rounds": 0}, "rounds must be at least 1"),
-        ({"draws": 0}, "draws must be at least 1"),
-        ({"batches": 1}, "batches must be at least 2"),
+        ({"rounds": 0}, "rounds must be a whole number of at least 1"),
+        ({"draws": 0}, "draws must be a whole number of at least 1"),
+        ({"batches": 1}, "batches must be a whole number of at least 2"),
         ({"memory": 1.5}, r"memory must lie in \[0, 1\]"),
+        ({"rounds": 2.5}, "rounds must be a whole number of at least 1, but is 2.5"),
+        ({"soft": "no"}, "soft must be True or False, but is 'no'"),
         ({"weight": 0.0}, "weight above 0"),
         ({"ridge": -1.0}, "ridge not below 0"),
         ({"of": "latency"}, "latency"),

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 
 from lightning_prune import ChannelPruning, OneShot, Random
-from lightning_prune.choices import unknown_name
+from lightning_prune.choices import check_at_least, unknown_name
 from lightning_prune.errors import ConfigurationError
 
 
@@ -30,6 +33,28 @@ def test_a_class_in_place_of_an_instance_is_told_apart() -> None:
         ChannelPruning(Random)
     with pytest.raises(ConfigurationError, match=r"the schedule is the class OneShot: .* such as OneShot\(\)"):
         ChannelPruning(schedule=OneShot)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        ({}, "3", "size must be a finite number of at least 2, but is '3'"),
+        ({}, math.nan, "size must be a finite number of at least 2, but is nan"),
+        ({}, math.inf, "but is inf"),
+        ({}, True, "but is True"),
+        ({}, None, "but is None"),
+        ({"whole": True}, 2.0, "size must be a whole number of at least 2, but is 2.0"),
+        ({"whole": True, "optional": True}, 1, "but is 1"),
+    ],
+)
+def test_what_is_no_such_number_is_refused(kind, value, message):
+    with pytest.raises(ConfigurationError, match=message):
+        check_at_least(2, **kind, size=value)
+
+
+def test_such_numbers_are_let_by():
+    check_at_least(2, size=2, other=np.float32(2.5))
+    check_at_least(2, whole=True, optional=True, size=np.int64(2), other=None)
 
 
 def test_a_number_in_place_of_a_name_belongs_elsewhere() -> None:

@@ -232,7 +232,7 @@ def test_a_fit_without_an_end_is_refused():
         ({"optimizer": "adamw"}, "unknown optimizer of the scores 'adamw'"),
         ({"scope": "tensor"}, "unknown scope"),
         ({"shrink": "rounds"}, "unknown shrink"),
-        ({"lr": 0.0}, "lr must be above 0"),
+        ({"lr": 0.0}, "lr must be a finite number above 0"),
         ({"temperature": (0.1, 0.5)}, "temperature must fall"),
         ({"anneal": 0.0}, "anneal is a share"),
     ],
@@ -240,6 +240,21 @@ def test_a_fit_without_an_end_is_refused():
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         SparseBinaryMask(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        (ProbMask, {"temperature": 0.5}, r"temperature must fall .* as in \(1.0, 0.03\), but is 0.5"),
+        (ProbMask, {"budget": 0.5}, "budget must be two shares .* but is 0.5"),
+        (Supermask, {"lr": "0.1"}, "lr must be a finite number above 0, but is '0.1'"),
+        (Supermask, {"lr": float("inf")}, "lr must be a finite number above 0, but is inf"),
+        (EdgePopup, {"momentum": "0.9"}, "momentum must be a finite number of at least 0, but is '0.9'"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_refused_by_name(method, arguments, message):
+    with pytest.raises(ConfigurationError, match=message):
+        method(**arguments)
 
 
 def test_a_pattern_that_matches_nothing_is_refused():

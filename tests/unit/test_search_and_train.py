@@ -308,9 +308,9 @@ def test_accumulated_batches_are_one_step_for_the_weights_and_for_the_importance
     ("arguments", "message"),
     [
         ({"coarse": 2, "at": 2}, "must begin before it ends"),
-        ({"alpha_every": 1}, "alpha_every must be a finite number of at least 2, but is 1"),
-        ({"candidates": 1}, "candidates must be a finite number of at least 2, but is 1"),
-        ({"iterations": 0}, "iterations must be a finite number of at least 1, but is 0"),
+        ({"alpha_every": 1}, "alpha_every must be a whole number of at least 2, but is 1"),
+        ({"candidates": 1}, "candidates must be a whole number of at least 2, but is 1"),
+        ({"iterations": 0}, "iterations must be a whole number of at least 1, but is 0"),
         ({"alpha_lr": 0.0}, "learning rates must be above 0"),
         ({"thresholds": [0.5, 1.2]}, "shares in"),
         ({"thresholds": []}, "shares in"),

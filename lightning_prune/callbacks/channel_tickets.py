@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, Union
 
+from typing_extensions import override
+
 from lightning_prune.budget import Scope as ChannelScope
 from lightning_prune.callbacks.channels import ChannelPruning, Measure
 from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.naming import Patterns
-from lightning_prune.callbacks.tickets import checked_step, equal_parts
+from lightning_prune.callbacks.rewinding import check_parts, equal_parts
+from lightning_prune.choices import check_at_least
 from lightning_prune.criteria import Criterion, CriterionName
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.graph.analysis import Norms
 from lightning_prune.reinit import Reinit, ReinitName
+from lightning_prune.schedules import Position
 
 
 class ChannelLotteryTicket(ChannelPruning):
@@ -63,6 +67,7 @@ class ChannelLotteryTicket(ChannelPruning):
         norms: Norms = "exact",
         inner: Patterns | None = None,
     ) -> None:
+        check_at_least(0, whole=True, rewind_to=rewind_to)
         if shrink not in ("end", "never"):
             raise ConfigurationError(
                 "channels of a lottery ticket cannot be removed at each round, since what is rewound to has the full "
@@ -73,4 +78,8 @@ class ChannelLotteryTicket(ChannelPruning):
             shrink, norms, inner, verify, recalibrate, seed, directory, monitors,
         )  # fmt: skip
         self.rounds = rounds
-        self.rewind_to = checked_step(rewind_to)
+        self.rewind_to = rewind_to
+
+    @override
+    def check_length(self, length: Position) -> None:
+        check_parts(self.rounds, self.rewind_to or 0, "rewind" in self._record, length)

@@ -12,8 +12,9 @@ from typing_extensions import override
 from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
-from lightning_prune.callbacks.support import has_no_end, length_of
+from lightning_prune.callbacks.support import has_no_end, length_of, warn_of_no_update
 from lightning_prune.callbacks.weights import WeightPruning
+from lightning_prune.choices import check_at_least
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.rewiring import rewired
 from lightning_prune.schedules import OneShot, Position
@@ -56,11 +57,9 @@ class SET(WeightPruning):
             "random", remove, OneShot(0, "step"), scope, include, exclude, floor, shrink=shrink, verify=verify,
             seed=seed, directory=directory, monitors=monitors,
         )  # fmt: skip
-        if every < 1 or not 0 < fraction < 1 or not 0 < stop <= 1:
-            raise ConfigurationError(
-                f"every must be at least 1, fraction in (0, 1) and stop in (0, 1], but they are {every}, {fraction} "
-                f"and {stop}."
-            )
+        check_at_least(1, whole=True, every=every)
+        if not 0 < fraction < 1 or not 0 < stop <= 1:
+            raise ConfigurationError(f"fraction must be in (0, 1), stop in (0, 1], but they are {fraction} and {stop}.")
         self.every, self.fraction, self.stop = every, fraction, stop
 
     def growth(self, network: Network) -> dict[str, Tensor]:
@@ -75,11 +74,13 @@ class SET(WeightPruning):
     @override
     def resume(self, network: Network) -> None:
         super().resume(network)
-        if has_no_end(length_of(network.module.trainer)):
+        length = length_of(network.module.trainer)
+        if has_no_end(length):
             raise ConfigurationError(
                 f"{type(self).__name__} drops fewer weights the nearer the end of the fit is, but this fit has no end "
                 f"that is known. Give the Trainer max_epochs or max_steps."
             )
+        warn_of_no_update(self.every, self.stop, length)
 
     @override
     def before_batch(self, network: Network, position: Position) -> None:

@@ -75,6 +75,21 @@ def has_no_end(length: Position) -> bool:
     return math.isinf(length.epoch) and math.isinf(length.step)
 
 
+def warn_of_no_update(every: int, stop: float, length: Position) -> None:
+    """Warn where updates, which begin after their first interval, would end before it.
+
+    Args:
+        every: Optimizer steps between updates.
+        stop: Share of the fit at which they end.
+        length: Length of the fit.
+    """
+    if every >= stop * length.step:
+        rank_zero_warn(
+            f"the mask never moves: updates are {every} optimizer steps apart, but end after {stop:g} of the "
+            f"{length.step:g} steps of this fit. Give every a smaller number, or train longer."
+        )
+
+
 def check_schedule(trainer: Trainer, schedule: Schedule) -> None:
     """Warn of a schedule that does not fit well into the fit.
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Literal, Union
 
+from typing_extensions import override
+
 from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.naming import Patterns
+from lightning_prune.callbacks.rewinding import check_parts, equal_parts
 from lightning_prune.callbacks.weights import WeightPruning
+from lightning_prune.choices import check_at_least
 from lightning_prune.criteria.weights import WeightCriterion, WeightCriterionName
-from lightning_prune.errors import ConfigurationError
 from lightning_prune.reinit import Reinit, ReinitName
-from lightning_prune.schedules import Geometric
+from lightning_prune.schedules import Position
 from lightning_prune.weight_budget import Scope
 
 
@@ -66,32 +69,14 @@ class LotteryTicket(WeightPruning):
         directory: str | None = None,
         monitors: Monitors = "keep",
     ) -> None:
+        check_at_least(0, whole=True, rewind_to=rewind_to)
         super().__init__(
             criterion, remove, equal_parts(rounds), scope, include, exclude, floor, None, reinit, shrink, verify,
             recalibrate, seed, directory, monitors,
         )  # fmt: skip
         self.rounds = rounds
-        self.rewind_to = checked_step(rewind_to)
+        self.rewind_to = rewind_to
 
-
-def equal_parts(rounds: int) -> Geometric:
-    """A schedule with rounds between equal parts of the fit.
-
-    Raises:
-        ConfigurationError: If there is no round.
-    """
-    if rounds < 1:
-        raise ConfigurationError(f"rounds must be at least 1, but is {rounds}.")
-    part = 1 / (rounds + 1)
-    return Geometric(part, rounds * part, part, "fraction")
-
-
-def checked_step(rewind_to: int) -> int:
-    """The step itself.
-
-    Raises:
-        ConfigurationError: If it is negative.
-    """
-    if rewind_to < 0:
-        raise ConfigurationError(f"rewind_to is a number of optimizer steps, so at least 0, but is {rewind_to}.")
-    return rewind_to
+    @override
+    def check_length(self, length: Position) -> None:
+        check_parts(self.rounds, self.rewind_to or 0, "rewind" in self._record, length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from itertools import pairwise
 
 import lightning as L
@@ -118,6 +119,15 @@ def test_updates_go_on_in_a_second_fit():
 
 
 @pytest.mark.parametrize("method", [SET, RigL])
+def test_an_interval_longer_than_the_fit_is_a_warning(method):
+    with pytest.warns(UserWarning, match=r"never moves: updates are 15 .* after 0\.75 of the 18 steps of this fit"):
+        fit(method(remove=0.5, every=15))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the mask never moves")
+        fit(method(remove=0.5, every=13))
+
+
+@pytest.mark.parametrize("method", [SET, RigL])
 def test_a_fit_without_a_known_end_is_refused(method):
     module, endless = small_net(), {"epochs": -1, "max_time": {"seconds": 2}}
     before = copy.deepcopy(module.state_dict())
@@ -133,8 +143,8 @@ def test_a_fit_without_a_known_end_is_refused(method):
 @pytest.mark.parametrize(
     ("method", "arguments", "words"),
     [
-        (RigL, {"every": 0}, "every must be at least 1"),
-        (SET, {"fraction": 1.0}, r"fraction in \(0, 1\)"),
+        (RigL, {"every": 0}, "every must be a whole number of at least 1"),
+        (SET, {"fraction": 1.0}, r"fraction must be in \(0, 1\)"),
         (SET, {"stop": 0}, r"stop in \(0, 1\]"),
         (DSD, {"start": 0.5, "end": 0.5}, "start < end < 1, but start is 0.5"),
         (DSD, {"end": 1.0}, "end is 1.0"),

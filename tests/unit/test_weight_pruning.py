@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_prune import (
     BudgetError,
@@ -20,7 +21,7 @@ from lightning_prune import (
     WeightPruning,
     load_pruned,
 )
-from tests.fits import BATCHES, SmallNet, equal, fit, loader, small_net, trainer, widths
+from tests.fits import BATCHES, SmallNet, equal, fit, images, loader, small_net, trainer, widths
 from tests.helpers import difference, run
 
 IMAGES = torch.randn(4, 2, 6, 6)
@@ -168,14 +169,54 @@ def test_a_ticket_of_channels_is_removed_at_the_end():
 
 
 def test_rewinding_to_a_step_after_the_first_round_is_refused():
+    class Unmeasured(IterableDataset):
+        def __iter__(self):
+            return iter(images())
+
     with pytest.raises(ConfigurationError, match=r"first round is at step 6, before step 9 that it should rewind to"):
-        fit(LotteryTicket(rounds=2, rewind_to=9))
+        fit(LotteryTicket(rounds=2, rewind_to=9), data=DataLoader(Unmeasured(), batch_size=8))
 
 
-@pytest.mark.parametrize(("arguments", "words"), [({"rounds": 0}, "rounds"), ({"rewind_to": -1}, "rewind_to")])
-def test_a_ticket_with_wrong_arguments_is_refused(arguments, words):
+@pytest.mark.parametrize("method", [LotteryTicket, ChannelLotteryTicket])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"rounds": 2, "rewind_to": 1000}, "first round is at step 6 of the 18 of this fit, before step 1000"),
+        ({"rounds": 2, "rewind_to": 7}, "before step 7 that it should rewind to"),
+        ({"rounds": 100}, "100 rounds divide the 18 optimizer steps of this fit into 101 parts"),
+        ({"rounds": 18}, "less than one step each. Train longer or have fewer rounds"),
+    ],
+)
+def test_a_fit_too_short_for_a_ticket_is_refused_before_training(method, arguments, words):
+    module = small_net()
+    before = copy.deepcopy(module.state_dict())
     with pytest.raises(ConfigurationError, match=words):
-        LotteryTicket(**arguments)
+        fit(method(**arguments), module=module)
+    assert equal(module.state_dict(), before)
+
+
+def test_the_tightest_ticket_fits():
+    callback = LotteryTicket(remove=0.5, rounds=2, rewind_to=6)
+    fit(callback)
+    assert len(callback.report.history) == 2
+    callback = LotteryTicket(remove=0.5, rounds=17)
+    fit(callback)
+    assert len(callback.report.history) == 17
+
+
+@pytest.mark.parametrize("method", [LotteryTicket, ChannelLotteryTicket])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"rounds": 0}, "rounds must be a whole number of at least 1, but is 0"),
+        ({"rounds": 2.5}, "rounds must be a whole number of at least 1, but is 2.5"),
+        ({"rewind_to": -1}, "rewind_to must be a whole number of at least 0, but is -1"),
+        ({"rewind_to": 0.1}, "rewind_to must be a whole number of at least 0, but is 0.1"),
+    ],
+)
+def test_a_ticket_with_wrong_arguments_is_refused(method, arguments, words):
+    with pytest.raises(ConfigurationError, match=words):
+        method(**arguments)
 
 
 def test_masked_weights_are_rebuilt_from_a_checkpoint(tmp_path):

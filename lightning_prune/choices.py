@@ -13,8 +13,26 @@ from lightning_prune.errors import ConfigurationError
 Thing = TypeVar("Thing")
 _MOST = 12
 """Most names that a message lists."""
-_SYNONYMS = {"flops": "macs", "filters": "channels", "magnitude": "l2"}
+_SYNONYMS = {"flops": "macs", "filters": "channels", "magnitude": "l2", "l1": "magnitude", "l2": "magnitude"}
 """What others call the same, and no spelling resembles."""
+
+
+def nearest_names(name: object, known: Iterable[str]) -> list[str]:
+    """The known names that a name may have been meant for, nearest first.
+
+    Args:
+        name: What was given.
+        known: Every name that would have worked.
+
+    Example:
+        >>> nearest_names("flops", ["channels", "params", "macs"])
+        ['macs']
+    """
+    by_lower = {known_name.lower(): known_name for known_name in known}
+    word = str(name).lower()
+    similar = [w for w in (_SYNONYMS.get(word),) if w in by_lower]
+    similar += difflib.get_close_matches(word, by_lower.keys() - set(similar), n=_MOST, cutoff=0.5)
+    return [by_lower[found] for found in similar]
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigurationError:
@@ -32,17 +50,14 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> Configuration
         >>> print(unknown_name("criterion", "talor", ["l1", "taylor"]))
         unknown criterion 'talor': did you mean 'taylor'? Known: 'l1', 'taylor'.
     """
-    by_lower = {known_name.lower(): known_name for known_name in known}
-    word = str(name).lower()
-    similar = [w for w in (_SYNONYMS.get(word),) if w in by_lower]
-    similar += difflib.get_close_matches(word, by_lower.keys() - set(similar), n=_MOST, cutoff=0.5)
-    close = [by_lower[found] for found in similar]
+    every = list(dict.fromkeys(known))
+    close = nearest_names(name, every)
     hint = f" did you mean {close[0]!r}?" if close else ""
-    if len(by_lower) <= _MOST:
-        listed = f" Known: {', '.join(map(repr, by_lower.values()))}."
+    if len(every) <= _MOST:
+        listed = f" Known: {', '.join(map(repr, every))}."
     else:
-        shown = close[1:] or list(by_lower.values())[:_MOST]
-        listed = f" Among the {len(by_lower)} known: {', '.join(map(repr, shown))}."
+        shown = close[1:] or every[:_MOST]
+        listed = f" Among the {len(every)} known: {', '.join(map(repr, shown))}."
     return ConfigurationError(f"unknown {kind} {name!r}:{hint}{listed}")
 
 
@@ -137,6 +152,11 @@ def chosen(kind: str, choice: object, base: type[Any], known: Mapping[str, Calla
             f"unknown {kind} {choice!r}: give a name or a {base.__name__}. If the number is for another argument, name "
             f"that, as in remove={choice!r}."
         )
-    if not isinstance(choice, str) or choice not in known:
+    if not isinstance(choice, str):
+        raise ConfigurationError(
+            f"unknown {kind}: {type(choice).__name__} is none. Give a {base.__name__}, or one of the names "
+            f"{', '.join(map(repr, known))}."
+        )
+    if choice not in known:
         raise unknown_name(kind, choice, known)
     return known[choice]()

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.support import shadows
 from lightning_prune.checkpoint import unwrap_hooks, wrap_hooks
+from lightning_prune.choices import nearest_names
 from lightning_prune.criteria import Criterion, WeightCriterion
 from lightning_prune.errors import PruneError
 from lightning_prune.patterns import PatternMining
@@ -80,6 +81,12 @@ class _HelpfulParser(LightningArgumentParser):
         raise AssertionError  # the line above always leaves
 
     def _nearest(self, word: str, message: str) -> str | None:
+        values = re.search(rf"Literal\[([^\]]*)\]\. Got value: {re.escape(word)}(?!\w)", message)
+        near = nearest_names(word, re.findall(r"'([^']*)'", values[1])) if values else []
+        if near:
+            return f"'{word}' is not known here: did you mean '{near[0]}'?"
+        if values and f"dot import path string: {word}" not in message:
+            return None  # a class is no answer to what only a name can be
         known = {*_known_words(self), *re.findall(r"'([\w.]+)'", message.split("Expected", 1)[-1])} - {word}
         close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)
         return f"'{word}' is not known here: did you mean '{close[0]}'?" if close else None

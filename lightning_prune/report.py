@@ -241,7 +241,11 @@ class PruneReport:
                 f"callback's directory, or beside its checkpoints."
             ) from error
         except (ValueError, AttributeError) as error:  # also of what is neither JSON nor text
-            raise ConfigurationError(f"{path} does not hold a pruning report: {error}") from error
+            reason = "it is no text" if isinstance(error, UnicodeDecodeError) else error
+            raise ConfigurationError(
+                f"{path} does not hold a pruning report: {reason}. Give the report.json that a fit writes into the "
+                f"callback's directory, or beside its checkpoints."
+            ) from error
 
     def figure(self) -> Figure:
         """Bars of every width and every cost, before and after.

@@ -19,8 +19,8 @@ from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.phases import PhasedPruning
 from lightning_prune.callbacks.repair import RepairName
-from lightning_prune.choices import unknown_name
 from lightning_prune.criteria import Criterion, CriterionName
+from lightning_prune.errors import ConfigurationError
 from lightning_prune.graph.analysis import Norms
 from lightning_prune.penalties import Growth, add_decay
 from lightning_prune.schedules import OneShot, Position, Unit
@@ -75,7 +75,7 @@ class GReg(PhasedPruning):
             shrink, norms, inner, verify, recalibrate, seed, directory, monitors, repair, repair_batches,
         )  # fmt: skip
         if variant not in (1, 2):
-            raise unknown_name("variant of GReg", variant, ["1", "2"])
+            raise ConfigurationError(f"variant must be the number 1 or 2, but is {variant!r}.")
         self.variant, self.at, self.unit, self.every = variant, at, unit, every
         self.delta, self.ceiling, self.first_delta, self.first_ceiling = delta, ceiling, first_delta, first_ceiling
 

@@ -64,7 +64,7 @@ def criterion_from(criterion: CriterionName | Criterion) -> Criterion:
         >>> criterion_from("l1")
         Norm(p=1, slots='producer')
     """
-    return chosen("criterion", criterion, Criterion, _BY_NAME)
+    return chosen("criterion of channels", criterion, Criterion, _BY_NAME)
 
 
 __all__ = [

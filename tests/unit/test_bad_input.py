@@ -44,7 +44,7 @@ def test_a_percentage_gets_a_hint():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"criterion": "talyor"}, ["unknown criterion 'talyor'", "did you mean 'taylor'?"]),
+        ({"criterion": "talyor"}, ["unknown criterion of channels 'talyor'", "did you mean 'taylor'?"]),
         ({"schedule": "linaer"}, ["unknown schedule 'linaer'", "did you mean 'linear'?"]),
         ({"scope": "globl"}, ["unknown scope 'globl'", "did you mean 'global'?"]),
         ({"of": "mac"}, ["unknown measure 'mac'", "did you mean 'macs'?"]),

@@ -5,13 +5,24 @@ import math
 import numpy as np
 import pytest
 
-from lightning_prune import ChannelPruning, OneShot, Random
+from lightning_prune import ChannelPruning, Magnitude, Norm, OneShot, Random, WeightPruning
 from lightning_prune.choices import check_at_least, unknown_name
 from lightning_prune.errors import ConfigurationError
 
 
 def test_a_near_miss_gets_a_suggestion() -> None:
     assert "did you mean 'fpgm'?" in str(unknown_name("criterion", "FPMG", ["l1", "fpgm", "taylor"]))
+
+
+def test_criteria_of_weights_and_of_channels_are_told_apart():
+    with pytest.raises(ConfigurationError, match=r"unknown criterion of channels: Magnitude is none. Give a Crit"):
+        ChannelPruning(Magnitude())
+    with pytest.raises(ConfigurationError, match="unknown criterion of channels 'lamp'"):
+        ChannelPruning("lamp")
+    with pytest.raises(ConfigurationError, match="unknown criterion of weights 'l2': did you mean 'magnitude'"):
+        WeightPruning("l2")
+    with pytest.raises(ConfigurationError, match=r"unknown criterion of weights: Norm is none. Give a WeightCrit"):
+        WeightPruning(Norm())
 
 
 def test_a_far_miss_gets_the_list_only() -> None:
@@ -58,5 +69,5 @@ def test_such_numbers_are_let_by():
 
 
 def test_a_number_in_place_of_a_name_belongs_elsewhere() -> None:
-    with pytest.raises(ConfigurationError, match=r"unknown criterion 0\.5: .* as in remove=0\.5"):
+    with pytest.raises(ConfigurationError, match=r"unknown criterion of channels 0\.5: .* as in remove=0\.5"):
         ChannelPruning(0.5)

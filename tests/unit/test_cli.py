@@ -73,6 +73,7 @@ def test_every_command_speaks_of_itself_and_gives_an_example(capsys, command):
         ([*INSPECT, "--tolerate", "5%"], "--tolerate says how to measure the sensitivity: add --sensitivity"),
         ([*INSPECT, "--data", "my_package.Data"], "--data says how to measure the sensitivity: add --sensitivity"),
         (["report", "nowhere"], "cannot read a pruning report from nowhere"),
+        (["report", torch._C.__file__], "is no text. Give the report.json that a fit writes"),
     ],
 )
 def test_a_wrong_word_gets_help(capsys, words, hint):
@@ -86,6 +87,7 @@ def test_a_wrong_word_gets_help(capsys, words, hint):
     [
         ("--trainer.callbacks.criterion=talor", "did you mean 'taylor'?"),
         ("--trainer.callbacks.criterian=l2", "did you mean 'criterion'?"),
+        ("--trainer.callbacks.of=flops", "did you mean 'macs'?"),
         ("--trainer.callbacks.schedule=cubik", "did you mean 'cubic'?"),
         ("--trainer.max_epocs=3", "did you mean 'trainer.max_epochs'?"),
     ],

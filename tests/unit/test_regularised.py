@@ -317,8 +317,10 @@ def test_a_coefficient_that_does_not_grow_is_refused(arguments) -> None:
 
 
 def test_an_unknown_variant_is_refused():
-    with pytest.raises(ConfigurationError, match="unknown variant of GReg 3"):
+    with pytest.raises(ConfigurationError, match="variant must be the number 1 or 2, but is 3"):
         GReg(variant=3)
+    with pytest.raises(ConfigurationError, match="variant must be the number 1 or 2, but is '1'"):
+        GReg(variant="1")
 
 
 # Soft filters --------------------------------------------------------------------------------------------------------

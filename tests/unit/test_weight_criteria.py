@@ -219,12 +219,12 @@ def test_names() -> None:
     assert isinstance(weight_criterion_from("lamp"), LAMP)
     kinds = (GraSP, SynFlow, Movement, Wanda)
     assert all(type(weight_criterion_from(kind.__name__.lower())) is kind for kind in kinds)  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match="unknown weight criterion 'magnitud': did you mean 'magnitude'"):
+    with pytest.raises(ConfigurationError, match="unknown criterion of weights 'magnitud': did you mean 'magnitude'"):
         weight_criterion_from("magnitud")  # type: ignore[arg-type]
 
 
 def test_a_criterion_of_channels_is_no_criterion_of_weights() -> None:
-    with pytest.raises(ConfigurationError, match=r"unknown weight criterion Norm\(.*'magnitude'"):
+    with pytest.raises(ConfigurationError, match=r"unknown criterion of weights: Norm is none.*'magnitude'"):
         weight_criterion_from(Norm())  # type: ignore[arg-type]
 
 

@@ -37,7 +37,7 @@ def weight_criterion_from(criterion: WeightCriterionName | WeightCriterion) -> W
         >>> weight_criterion_from("snip")
         SNIP(batches=8)
     """
-    return chosen("weight criterion", criterion, WeightCriterion, _BY_NAME)
+    return chosen("criterion of weights", criterion, WeightCriterion, _BY_NAME)
 
 
 __all__ = [

@@ -28,6 +28,7 @@ from lightning_prune.errors import ConfigurationError, PruneError
 from lightning_prune.graph.activations import watch
 from lightning_prune.graph.analysis import Norms
 from lightning_prune.graph.channels import ChannelGroup
+from lightning_prune.graph.inner import NO_EFFECT
 from lightning_prune.reinit import Reinit, ReinitName
 from lightning_prune.schedules import Schedule, ScheduleName
 
@@ -152,6 +153,9 @@ class ChannelPruning(RepairingRounds):
         super().prepare(network)
         self._dense_latency = None
         self._check_patterns(network)
+        for pattern, reason in network.graph.refused:
+            if reason == NO_EFFECT:
+                rank_zero_warn(f"{pattern!r} {reason}: it has no effect, and can be left out.")
         eligible = self._record["eligible"] = self._eligible(network)
         if not eligible:
             raise ConfigurationError(

@@ -10,6 +10,9 @@ from lightning_prune.compiled import uncompiled_name
 from lightning_prune.graph.analysis import Analysis, Place
 from lightning_prune.graph.channels import Refusal
 
+NO_EFFECT = "was chosen for inner, but nowhere could either whole blocks or equal positions of all blocks go"
+"""What is noted of a pattern whose choice made no difference."""
+
 
 def chosen_places(analysis: Analysis, patterns: Sequence[str]) -> frozenset[Place]:
     """The dimensions that make the channels of the modules or tensors whose names match a pattern.
@@ -39,8 +42,7 @@ def without_effect(analysis: Analysis, patterns: Sequence[str]) -> list[Refusal]
     for pattern in patterns:
         leaves = [leaf for leaf in analysis.producers() if _matches(leaf.tensor, pattern)]
         if not any(analysis.inner_mattered(leaf) for leaf in leaves):
-            reason = "was chosen for inner, but nowhere could either whole blocks or equal positions of all blocks go"
-            notes.append(Refusal(pattern, reason))
+            notes.append(Refusal(pattern, NO_EFFECT))
     return notes
 
 

@@ -129,6 +129,11 @@ def test_a_pattern_without_effect(arguments, words):
     refused(ConfigurationError, words, pruning(**arguments))
 
 
+def test_inner_without_equal_blocks_is_a_warning():
+    with pytest.warns(UserWarning, match=r"'net\.0' was chosen for inner, but .* it has no effect"):
+        fit(pruning(inner="net.0"), epochs=2)
+
+
 @pytest.mark.parametrize(
     ("schedule", "words"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -264,8 +265,9 @@ def load_pruned(path: str | Path, model: type[Module] | Module, **kwargs: Any) -
         The loaded module, of the very class that was given; a given instance is that instance.
 
     Raises:
-        ConfigurationError: If the file is damaged, was pruned from another network or by an incompatible version, an
-            argument is not known, or the class is none of a LightningModule. A given instance is then as it was.
+        ConfigurationError: If there is no such file, it is damaged or no checkpoint, was pruned from another network or
+            by an incompatible version, an argument is not known or missing, or the class is none of a LightningModule.
+            A given instance is then as it was.
 
     Example:
         >>> import lightning as L, tempfile, torch
@@ -301,12 +303,44 @@ def load_pruned(path: str | Path, model: type[Module] | Module, **kwargs: Any) -
         raise ConfigurationError(
             f"{path} holds weights only, and no hyperparameters to make a {model.__name__} with: give an instance."
         )
-    with _resizing_load(model, checkpoint.get(KEY, {})):
-        return model.load_from_checkpoint(path, **kwargs)
+    try:
+        with _resizing_load(model, checkpoint.get(KEY, {})):
+            return model.load_from_checkpoint(path, **kwargs)
+    except TypeError as error:
+        if missing := _missing_arguments(model, error):
+            given = ", ".join(f"{name}=..." for name in missing)
+            raise ConfigurationError(
+                f"{path} does not hold {', '.join(missing)}, which {model.__name__} is made with, as it was not saved "
+                f"as a hyperparameter. Give it, as in load_pruned(path, {model.__name__}, {given}) or with --init on "
+                f"the command line, or load into an instance."
+            ) from error
+        raise
+
+
+def _missing_arguments(kind: type[nn.Module], error: TypeError) -> list[str]:
+    """Names of the arguments without which an instance of the class, and nothing inside it, could not be made."""
+    told = f"{kind.__init__.__qualname__}() missing "
+    return re.findall(r"'(\w+)'", str(error)) if str(error).startswith(told) else []
+
+
+def _refuse_other_files(path: str | Path) -> None:
+    """Refuse what cannot be opened, and what torch never wrote."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(2)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot read a checkpoint from {path}: {error.strerror}. Give the path of the file, such as the "
+            f"pruned.ckpt that a fit writes into the callback's directory, or beside its checkpoints."
+        ) from error
+    # As torch.save begins its files, those without zip too. What is shorter may have been cut short by a crash.
+    if not (b"PK".startswith(start) or start.startswith((b"PK", b"\x80"))):
+        raise ConfigurationError(f"{path} is no checkpoint: it was not written by torch.save. Give a checkpoint file.")
 
 
 def _read(path: str | Path, **how: Any) -> dict[str, Any]:
     """Read a checkpoint file whole, or say that it is not whole."""
+    _refuse_other_files(path)
     try:
         checkpoint = torch.load(path, **how)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:

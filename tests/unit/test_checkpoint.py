@@ -103,7 +103,7 @@ def test_map_location_is_passed_on(pruned):
 def test_a_class_is_left_as_it_was(pruned):
     before = dict(vars(Named))
     load_pruned(pruned[1], Named)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ConfigurationError, match="No such file"):
         load_pruned("nowhere.ckpt", Named)
     assert dict(vars(Named)) == before
 
@@ -231,6 +231,39 @@ def test_a_file_that_was_never_pruned_loads_as_ever(tmp_path):
     used.save_checkpoint(tmp_path / "dense.ckpt", weights_only=False)
     for model in (Named, Named()):
         assert equal(load_pruned(tmp_path / "dense.ckpt", model).state_dict(), module.state_dict())
+
+
+@pytest.mark.parametrize("model", [Named, small_net()])
+def test_a_path_without_a_checkpoint_is_refused(model, tmp_path):
+    (tmp_path / "empty.ckpt").touch()
+    for path, words in [
+        (
+            tmp_path / "nope.ckpt",
+            r"cannot read a checkpoint from .*nope\.ckpt: No such file or directory\. Give",
+        ),
+        (tmp_path, "cannot read a checkpoint from .*: Is a directory"),
+        (__file__, r"test_checkpoint\.py is no checkpoint: it was not written by torch\.save"),
+        (tmp_path / "empty.ckpt", "is damaged"),
+    ]:
+        with pytest.raises(ConfigurationError, match=words):
+            load_pruned(path, model)
+
+
+class Unsaved(SmallNet):
+    """Made with what is not among the hyperparameters."""
+
+    def __init__(self, backbone, scale):
+        super().__init__()
+        self.backbone, self.scale = backbone, scale()
+
+
+def test_an_argument_that_is_no_hyperparameter_is_asked_for(pruned):
+    words = r"does not hold backbone, scale, which Unsaved is .*load_pruned\(path, Unsaved, backbone=\.\.\., scale="
+    with pytest.raises(ConfigurationError, match=words):
+        load_pruned(pruned[1], Unsaved)
+    assert widths(load_pruned(pruned[1], Unsaved, backbone=None, scale=int)) == HALF
+    with pytest.raises(TypeError, match=r"<lambda>\(\) missing"):
+        load_pruned(pruned[1], Unsaved, backbone=None, scale=lambda missing: missing)
 
 
 def test_the_users_own_hook_sees_a_module_of_the_right_width(pruned):

@@ -76,7 +76,7 @@ class RandomNetwork(PruningCallback):
                 raise unknown_name(kind, name, known)
         if not (is_number(lr) and 0 < lr < math.inf):
             raise ConfigurationError(f"lr must be a finite number above 0, but is {lr!r}.")
-        check_at_least(0, momentum=momentum, weight_decay=weight_decay)
+        check_at_least(0, momentum=momentum, weight_decay=weight_decay, floor=floor)
         super().__init__(remove, "weights", _AT_THE_END, "keep", shrink, "exact", verify, recalibrate, seed, directory)
         self.scope: Scope = scope
         self.init = init

@@ -13,7 +13,7 @@ from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.naming import Patterns, as_patterns, check_names, chosen_names, maskable_names
 from lightning_prune.callbacks.network import Network
-from lightning_prune.choices import unknown_name
+from lightning_prune.choices import check_at_least, unknown_name
 from lightning_prune.criteria.weights import (
     WatchingCriterion,
     WeightCriterion,
@@ -93,6 +93,7 @@ class WeightPruning(PruningCallback):
         )  # fmt: skip
         if scope is not None and scope not in get_args(Scope):
             raise unknown_name("scope", scope, list(get_args(Scope)))
+        check_at_least(0, floor=floor)
         self.criterion = criterion
         self.include = as_patterns("include", include)
         self.exclude = as_patterns("exclude", exclude)

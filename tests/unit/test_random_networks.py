@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_prune import ConfigurationError, EdgePopup, ProbMask, SparseBinaryMask, Supermask
+from lightning_prune import ConfigurationError, EdgePopup, ProbMask, SparseBinaryMask, Supermask, WeightPruning
 from lightning_prune.callbacks.random_network import RandomNetwork
 from lightning_prune.normalised_sgd import NormalisedSGD
 from tests.fits import BATCHES, equal, fit, loader, small_net, trainer
@@ -249,6 +249,8 @@ def test_wrong_arguments_are_refused(arguments, message):
         (ProbMask, {"budget": 0.5}, "budget must be two shares .* but is 0.5"),
         (Supermask, {"lr": "0.1"}, "lr must be a finite number above 0, but is '0.1'"),
         (Supermask, {"lr": float("inf")}, "lr must be a finite number above 0, but is inf"),
+        (EdgePopup, {"floor": "1"}, "floor must be a finite number of at least 0, but is '1'"),
+        (WeightPruning, {"floor": "1"}, "floor must be a finite number of at least 0, but is '1'"),
         (EdgePopup, {"momentum": "0.9"}, "momentum must be a finite number of at least 0, but is '0.9'"),
     ],
 )

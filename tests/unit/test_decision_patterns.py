@@ -307,8 +307,8 @@ def test_a_search_finds_its_budget_itself():
     ("wrong", "message"),
     [
         ({"mode": "least"}, "unknown mode 'least'"),
-        ({"cycle": 0}, "cycle of a search must be at least 1"),
-        ({"patience": 0}, "patience of a search must be at least 1"),
+        ({"cycle": 0}, "cycle must be a whole number of at least 1"),
+        ({"patience": 0}, "patience must be a whole number of at least 1"),
         ({"step": 1.0}, "step of a search must be a fraction"),
         ({"tolerance": -0.1}, "tolerance of a search must be at least 0"),
         ({"most": 1.0}, "most must be a fraction"),

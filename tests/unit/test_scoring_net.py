@@ -255,8 +255,8 @@ def test_a_wrong_stage_is_refused(arguments, words):
         ({"freeze": True, "scorer_path": "x", "stages": ONCE}, "leave out stages"),
         ({"mode": "inti"}, "unknown mode 'inti': did you mean 'init'?"),
         ({"of": "latency"}, 'Give of="macs"'),
-        ({"batches": -1}, "batches and rehearse must be at least 0, but are -1 and 200"),
-        ({"rehearse": -1}, "batches and rehearse must be at least 0, but are 8 and -1"),
+        ({"batches": -1}, "batches must be a whole number of at least 0, but is -1"),
+        ({"rehearse": -1}, "rehearse must be a whole number of at least 0, but is -1"),
     ],
 )
 def test_a_wrong_argument_is_refused(arguments, words):

@@ -147,7 +147,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no variance match": {"variance_match": False},
     "no binary tail": {"anneal": 1.0},
     "one budget for all": {"scope": "global"},
-    "no annealing": {"temperature": (0.3, 0.3)},
+    "no annealing": {"temperature": [0.3, 0.3]},
 }
 SMALL = {"epochs": 10, "size": 16, "train": 20_000, "width": 1}
 DEFAULT = ["trained", "random", "edge-popup", "sparse-binary-mask"]

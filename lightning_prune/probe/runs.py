@@ -14,6 +14,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,6 +22,7 @@ from lightning_prune.errors import PruneError, TraceError
 from lightning_prune.graph.observation import is_exact, unobserved
 from lightning_prune.graph.program import Program, copied, count_samples
 from lightning_prune.probe.backward import NoBackward
+from lightning_prune.probe.counting import OperatorCount, TooManyOperatorsError
 from lightning_prune.probe.data import NoBatchError, fresh_batches
 from lightning_prune.probe.sandbox import Record, sandbox
 
@@ -32,6 +34,8 @@ _PRECISION = {
     "validation_step": "val_step_context",
     "predict_step": "predict_step_context",
 }
+_MOST_TIMES = 20
+"""How many times as long as the training step something else may take and still be looked at, in operators."""
 _STEP_REMEDY = (
     "The traceback above shows the line. While pruning, this runs on single batches at any point of the fit; it has to "
     "work on every training batch and may not count on what was run before."
@@ -179,26 +183,44 @@ class Runs:
 
     def _other_programs(self, batch: Any) -> list[Program]:
         if self._others is None:
-            wanted = [name for name in ("validation_step", "predict_step") if is_overridden(name, self._module)]
-            if self._module.example_input_array is None and is_overridden("forward", self._module):
-                wanted += [] if self._training_calls_forward(batch) else ["forward"]
-            self._others = {name: self._way_to_call(name, batch) for name in wanted}
+            try:
+                self._others = self._find_others(batch)
+            except PruneError:  # the training step itself fails, which is for those to say who run it
+                self._others = {}
         return [
             self._program(name, False, partial(self._call, name, place, batch), batch, _STEP_REMEDY, restricts=True)
             for name, place in self._others.items()
         ]
 
-    def _training_calls_forward(self, batch: Any) -> bool:
-        with self._sandbox("training_step", True) as record, torch.no_grad(), NoBackward(record.losses):
-            self._training_step(copied(batch))
-        return "forward" in record.outputs
+    def _find_others(self, batch: Any) -> dict[str, int]:
+        """What else hands something out, with the number of the way to call it."""
+        operators, calls_forward = self._training_at_a_glance(batch)
+        wanted = [name for name in ("validation_step", "predict_step") if is_overridden(name, self._module)]
+        if self._module.example_input_array is None and is_overridden("forward", self._module):
+            wanted += [] if calls_forward else ["forward"]
+        found = {name: self._way_to_call(name, batch, _MOST_TIMES * operators) for name in wanted}
+        return {name: place for name, place in found.items() if place is not None}
 
-    def _way_to_call(self, name: str, batch: Any) -> int:
-        """Number of the first way that works of calling something with a batch, or 0."""
+    def _training_at_a_glance(self, batch: Any) -> tuple[int, bool]:
+        """How many operators the training step executes, and whether it calls ``forward``."""
+        count = OperatorCount()
+        with self._sandbox("training_step", True) as record, torch.no_grad(), NoBackward(record.losses), count:
+            self._training_step(copied(batch))
+        return count.total, "forward" in record.outputs
+
+    def _way_to_call(self, name: str, batch: Any, most: int) -> int | None:
+        """Number of the first way that works of calling something with a batch, or 0; None for what takes too long."""
         for place in range(len(_arguments(name, batch))):
             try:
-                with self._sandbox(name, False) as record, torch.no_grad(), NoBackward(record.losses):
+                count = OperatorCount(most)
+                with self._sandbox(name, False) as record, torch.no_grad(), NoBackward(record.losses), count:
                     self._call(name, place, batch)
+            except TooManyOperatorsError:
+                rank_zero_warn(
+                    f"{name} of {type(self._module).__name__} executes more than {_MOST_TIMES} times as many operators "
+                    f"as its training step, so it is not looked at: what only it hands out may be cut. Exclude that."
+                )
+                return None
             except PruneError:
                 continue
             return place

@@ -95,6 +95,19 @@ def test_a_validation_step_that_takes_other_batches_is_only_noted():
     )
 
 
+class Slow(Encoder):
+    def predict_step(self, images, batch_idx):
+        for _ in range(1000):
+            images = images + 0
+        return self.encoder(images)
+
+
+def test_what_takes_much_longer_than_training_is_not_looked_at():
+    with pytest.warns(UserWarning, match="predict_step of Slow executes more than 20 times as many operators"):
+        module, _ = fit(pruning(scope="group"), module=Slow(), epochs=2)
+    assert module.encoder[3].out_features == 5
+
+
 class Late(SmallNet):
     """A second head joins at some epoch."""
 

@@ -194,10 +194,12 @@ class Runs:
 
     def _find_others(self, batch: Any) -> dict[str, int]:
         """What else hands something out, with the number of the way to call it."""
+        wanted = [name for name in _PRECISION if is_overridden(name, self._module)]
+        if not wanted:
+            return {}
         operators, calls_forward = self._training_at_a_glance(batch)
-        wanted = [name for name in ("validation_step", "predict_step") if is_overridden(name, self._module)]
-        if self._module.example_input_array is None and is_overridden("forward", self._module):
-            wanted += [] if calls_forward else ["forward"]
+        if "forward" in wanted and (calls_forward or self._module.example_input_array is not None):
+            wanted.remove("forward")
         found = {name: self._way_to_call(name, batch, _MOST_TIMES * operators) for name in wanted}
         return {name: place for name, place in found.items() if place is not None}
 

@@ -609,6 +609,7 @@ def test_train_mode_is_the_mode_of_training_whatever_mode_is_on_now():
 
     def action(probe, trainer, pl_module):
         evaluation, train = probe.programs()
+        modes.clear()
         evaluation.run()
         train.run()
         with torch.inference_mode():  # as within validation

@@ -307,6 +307,8 @@ class PruningCallback(PruningMethod, Callback):
                 raise
         self._network = network
         self._works = self.can_prune(network)
+        if self._works and self._record["level"] >= 1:
+            say(trainer, "no round is left, as all that was to go is gone already; a new callback would prune more")
         if self._works:
             self.resume(network)
         network.rewrap()

@@ -174,6 +174,14 @@ def test_one_callback_serves_a_network_after_the_other():
         assert widths(module) != widths(small_net())
 
 
+def test_a_second_fit_of_the_same_network_says_that_nothing_is_left_to_do(caplog):
+    caplog.set_level("INFO")
+    callback, module = pruning(), small_net()
+    for told in (False, True):
+        trainer(callback, epochs=2).fit(module, loader())
+        assert ("no round is left, as all that was to go is gone" in caplog.text) == told
+
+
 @pytest.mark.parametrize("other", [WeightPruning(remove=0.5), GrowAndPrune(), GReg(remove=0.5)])
 def test_a_fit_is_not_resumed_by_another_method(tmp_path, other):
     save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=BATCHES + 3)

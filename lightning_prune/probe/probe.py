@@ -26,9 +26,9 @@ class Probe(Runs):
     """Runs a LightningModule on real batches, in any hook of a fit, without leaving a trace.
 
     Batches come from the last ones that training saw, else from a new loader over the same data; the loader in use is
-    never read. ``training_step`` is then called more often than training alone would, with ``batch_idx`` 0. Only what
-    it does outside the module and the Trainer (files, objects of the user's own classes) lasts; see
-    :func:`~lightning_prune.probe.sandbox.sandbox`.
+    never read. ``training_step`` is then called more often than training alone would, with ``batch_idx`` 0, and so are
+    ``validation_step``, ``predict_step`` and ``forward``. Only what they do outside the module and the Trainer (files,
+    objects of the user's own classes) lasts; see :func:`~lightning_prune.probe.sandbox.sandbox`.
 
     Args:
         trainer: The Trainer in use, or None for a module that is not attached to one; then ``example_input_array`` is

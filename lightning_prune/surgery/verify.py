@@ -16,6 +16,7 @@ from lightning_prune.graph.analysis import Analysis, Run
 from lightning_prune.graph.observation import computing_exactly
 from lightning_prune.graph.program import tensors_in
 from lightning_prune.graph.selections import Selection, Selections, SelectionsMode
+from lightning_prune.surgery.attributes import UnsolvedError
 from lightning_prune.surgery.resize import Saved, replace, restore
 from lightning_prune.surgery.statistics import kept_statistics
 from lightning_prune.surgery.transaction import kept_labels
@@ -127,13 +128,14 @@ def outputs(
 
     Raises:
         ShrinkError: If one of them cannot be run.
+        UnsolvedError: If that is one which only restricts.
     """
     # Half precision hides errors of several percent. What follows events of the trace must run as that did, though.
     if surroundings is _selections_only and (like is None or not like.mixed):
         try:
             with computing_exactly():
                 return _outputs(analysis, like, surroundings, mixed=False)
-        except ShrinkError:
+        except (ShrinkError, UnsolvedError):
             if like is not None:
                 raise
     return _outputs(analysis, like, surroundings, mixed=True)
@@ -153,7 +155,10 @@ def _outputs(analysis: Analysis, like: Observed | None, surroundings: Surroundin
             with _full_precision(), watched, surroundings(run, selections):
                 result = run.program.run()
         except Exception as error:
-            raise ShrinkError(f"{run.program.name} failed ({type(error).__name__}: {error})") from error
+            reason = f"{run.program.name} failed ({type(error).__name__}: {error})"
+            if run.program.restricts:  # a new trace will tell whether it is only in its way by now
+                raise UnsolvedError(0, reason, run) from error
+            raise ShrinkError(reason) from error
         tapes.append(selections.tape)
         tolerance = max((_TOLERANCE.get(dtype, 0.0) for dtype in seen.dtypes or run.dtypes), default=0.0)
         found.extend(Output(tensor.detach().clone(), tolerance) for tensor in tensors_in(result))

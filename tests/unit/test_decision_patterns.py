@@ -270,8 +270,8 @@ def test_a_last_width_that_is_good_stays_as_it_is():
 def test_a_search_under_masks_goes_back_to_masks():
     callback = DecisionPatternPruning(search=search(), mining=SIMPLE, shrink="end")
     module = Perceptron(score=None)
-    widths = iter([0.9, 0.9, 0.5, 0.5, 0.5])
-    module.validation_step = lambda batch: module.log("score", next(widths))
+    scores = [0.9, 0.9, 0.5, 0.5, 0.5]
+    module.validation_step = lambda batch: module.log("score", scores[module.current_epoch])
     fitted(module, callback, epochs=5)
     assert [trial.units for trial in callback.widths_tried.trials] == [20, 16, 13, 10]
     assert module.width == 16

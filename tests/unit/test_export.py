@@ -493,7 +493,7 @@ def test_the_command_line_makes_what_only_the_user_knows_how_to(tmp_path, capsys
         assert equal(pt2_outputs("net.pt2", tokens), run(module, tokens))
     status, _, err = said(capsys, "own_tokens.Tokens", "net.ckpt", "--shape", "[1,5]")
     assert status == 2
-    assert "cannot load net.ckpt into 'own_tokens.Tokens'" in err
+    assert "net.ckpt does not hold width, which Tokens is made with" in err
     assert "--init" in err
     status, _, err = said(capsys, *words[:-1], "int46")
     assert status == 2

@@ -95,6 +95,18 @@ def test_a_validation_step_that_takes_other_batches_is_only_noted():
     )
 
 
+class Short(SmallNet):
+    """Validation works in the first epochs only."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("value", self(batch[0]).mean() * [1.0, 2.0][self.current_epoch])
+
+
+def test_a_validation_step_that_fails_later_does_not_keep_the_network_whole():
+    module, _ = fit(pruning(scope="group", schedule=OneShot(3, "epoch")), module=Short(), epochs=4)
+    assert widths(module) == [6, 12, 12]
+
+
 class Slow(Encoder):
     def predict_step(self, images, batch_idx):
         for _ in range(1000):

@@ -182,7 +182,7 @@ def test_one_callback_serves_a_network_after_the_other():
     callback = pruning()
     for seed in range(2):
         module = small_net(seed)
-        trainer(callback, epochs=2).fit(module, loader(), loader(1))
+        trainer(callback, epochs=2, num_sanity_val_steps=1).fit(module, loader(), loader(1))
         assert widths(module) != widths(small_net())
 
 

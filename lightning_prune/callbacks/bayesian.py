@@ -19,6 +19,7 @@ from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.soft_exit import SoftExit
 from lightning_prune.choices import check_at_least, check_switches, unknown_name
 from lightning_prune.errors import ConfigurationError
+from lightning_prune.graph.analysis import Norms
 from lightning_prune.schedules import Linear, Position, Schedule
 
 
@@ -56,6 +57,7 @@ class BayesianPruning(SoftExit):
         round_to: Widths become multiples of this.
         min_channels: Fewest channels of a group.
         shrink: When channels are removed physically.
+        norms, inner: What else may go of transformers.
         recalibrate: Batches to re-estimate batch-norm statistics on after each round.
         seed: Seed of the draws.
         directory: Where the checkpoint and the report are written.
@@ -93,6 +95,8 @@ class BayesianPruning(SoftExit):
         round_to: int = 1,
         min_channels: Union[int, float] = 1,  # noqa: UP007
         shrink: Shrink = "rounds",
+        norms: Norms = "exact",
+        inner: Patterns | None = None,
         recalibrate: int = 8,
         seed: int = 0,
         directory: str | None = None,
@@ -111,8 +115,8 @@ class BayesianPruning(SoftExit):
         part = 0.6 / rounds
         super().__init__(
             "l2", remove, of, schedule or Linear(part, 0.6, part), scope, include, exclude, ratios, round_to,
-            min_channels, shrink=shrink, recalibrate=recalibrate, seed=seed, directory=directory,
-            monitors=monitors,
+            min_channels, shrink=shrink, norms=norms, inner=inner, recalibrate=recalibrate, seed=seed,
+            directory=directory, monitors=monitors,
         )  # fmt: skip
         self._equal = schedule is None
         self.rounds, self.draws, self.batches, self.memory, self.weight = rounds, draws, batches, memory, weight

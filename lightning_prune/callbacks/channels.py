@@ -24,13 +24,15 @@ from lightning_prune.compiled import uncompiled_name
 from lightning_prune.criteria import Criterion, CriterionName, RunCriterion, criterion_from, normalise
 from lightning_prune.criteria.activations import RunningNetwork
 from lightning_prune.criteria.base import checked_score, mean_scores
-from lightning_prune.errors import ConfigurationError, PruneError
+from lightning_prune.errors import BudgetError, ConfigurationError, PruneError
 from lightning_prune.graph.activations import watch
 from lightning_prune.graph.analysis import Norms
 from lightning_prune.graph.channels import ChannelGroup
 from lightning_prune.graph.inner import NO_EFFECT
+from lightning_prune.graph.labels import NORMALISED_OVER
 from lightning_prune.reinit import Reinit, ReinitName
 from lightning_prune.schedules import Schedule, ScheduleName
+from lightning_prune.text import listed
 
 Measure = Literal["channels", "params", "macs", "latency"]
 
@@ -177,7 +179,10 @@ class ChannelPruning(RepairingRounds):
             network.cost_function("latency")(network.graph.widths)
         else:
             even = {name: torch.zeros(network.graph.groups[name].width) for name in eligible}
-            self._selection(network, even, 1.0)
+            try:
+                self._selection(network, even, 1.0)
+            except BudgetError as problem:
+                raise _with_remedy(problem, network.graph.refused) from None
         if isinstance(self._criterion, RunCriterion):  # what it cannot score it should not say in the middle of the fit
             self._scores_of_runs(network, self._criterion, batches=1)
 
@@ -318,3 +323,14 @@ def _makers(group: ChannelGroup) -> list[str]:
 
 def _matches(group: ChannelGroup, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(path, pattern) for path in _makers(group) for pattern in patterns)
+
+
+def _with_remedy(problem: BudgetError, refused: Iterable[tuple[str, str]]) -> BudgetError:
+    """The same error, which also says so if approximate norms would let more channels go."""
+    streams = [path for path, reason in refused if reason.startswith(NORMALISED_OVER)]
+    if not streams:
+        return problem
+    return BudgetError(
+        f"{problem} Or let norms follow: with norms='approximate' channels that they take their statistics over may go "
+        f"too (here {listed(streams, 90)})."
+    )

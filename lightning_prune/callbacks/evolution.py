@@ -17,6 +17,7 @@ from lightning_prune.callbacks.naming import Patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.criteria import Criterion, CriterionName
 from lightning_prune.errors import ConfigurationError
+from lightning_prune.graph.analysis import Norms
 from lightning_prune.reinit import Reinit, ReinitName
 from lightning_prune.schedules import OneShot, Unit
 from lightning_prune.search import Genetic
@@ -46,8 +47,7 @@ class EvolutionarySearch(ChannelPruning):
         at: Position of the search and the only round.
         unit: Of ``at``: ``"fraction"`` of the fit, ``"epoch"`` or ``"step"``.
         include, exclude, ratios, round_to, min_channels: As for :class:`~lightning_prune.ChannelPruning`.
-        reinit, shrink, verify, recalibrate, seed, directory, monitors: As for
-            :class:`~lightning_prune.ChannelPruning`.
+        reinit, shrink, norms, inner, verify, recalibrate, seed, directory, monitors: As there.
 
     Raises:
         ConfigurationError: If an argument is wrong, or can have no effect in this fit.
@@ -69,13 +69,12 @@ class EvolutionarySearch(ChannelPruning):
         include: Patterns | None = None, exclude: Patterns | None = None,
         ratios: Mapping[str, float] | None = None, round_to: int = 1,
         min_channels: Union[int, float] = 1, reinit: Union[ReinitName, Reinit] = "keep",  # noqa: UP007
-        shrink: Shrink = "rounds", verify: bool = True, recalibrate: int = 0, seed: int = 0,
-        directory: str | None = None, monitors: Monitors = "keep",
+        shrink: Shrink = "rounds", norms: Norms = "exact", inner: Patterns | None = None, verify: bool = True,
+        recalibrate: int = 0, seed: int = 0, directory: str | None = None, monitors: Monitors = "keep",
     ) -> None:  # fmt: skip
         super().__init__(
             criterion, remove, of, OneShot(at, unit), "global", include, exclude, ratios, round_to, min_channels,
-            reinit, shrink, verify=verify, recalibrate=recalibrate, seed=seed, directory=directory,
-            monitors=monitors,
+            reinit, shrink, norms, inner, verify, recalibrate, seed, directory, monitors,
         )  # fmt: skip
         if batches < 1:
             raise ConfigurationError(f"batches to look at the loss of must be at least 1, but they are {batches}.")

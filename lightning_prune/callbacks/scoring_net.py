@@ -17,6 +17,7 @@ from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.scored_network import schedule_of, scored_network
 from lightning_prune.callbacks.scorer_files import ScorerPruning
 from lightning_prune.choices import check_at_least
+from lightning_prune.graph.analysis import Norms
 from lightning_prune.schedules import Schedule, ScheduleName
 from lightning_prune.scoring import Stage, stages_from
 
@@ -50,13 +51,11 @@ class ScoringNetPruning(ScorerPruning):
         save_scorer: File to save the net in; default: ``scorer.pt`` beside the final checkpoint, if there is one.
         schedule: When rounds are due, if not as ``mode`` says; the net learns on in each.
         scope: This and all others: as for :class:`~lightning_prune.ChannelPruning`. Gates compete globally.
-        include, exclude: Channels that may go, and channels that stay.
-        round_to: Widths become multiples of this.
-        min_channels: Fewest channels of a group.
+        include, exclude, norms, inner: Channels that may go, those that stay, and what may go of transformers.
+        round_to, min_channels: What widths become multiples of, and the fewest channels of a group.
         shrink, verify: When channels are removed physically, and whether each time is checked.
         seed: Seed of the net and of the noise.
-        directory: Where the checkpoint, the net and the report are written.
-        monitors: What ``EarlyStopping`` and ``ModelCheckpoint`` do about a round.
+        directory, monitors: As for :class:`~lightning_prune.ChannelPruning`; the net is written there too.
 
     Raises:
         ConfigurationError: If an argument is wrong, or the file holds no net for these features.
@@ -90,6 +89,8 @@ class ScoringNetPruning(ScorerPruning):
         round_to: int = 1,
         min_channels: Union[int, float] = 1,  # noqa: UP007
         shrink: Shrink = "rounds",
+        norms: Norms = "exact",
+        inner: Patterns | None = None,
         verify: bool = True,
         seed: int = 0,
         directory: str | None = None,
@@ -97,7 +98,7 @@ class ScoringNetPruning(ScorerPruning):
     ) -> None:
         super().__init__(
             "l2", remove, of, schedule_of(mode, of, schedule), scope, include, exclude, None, round_to, min_channels,
-            shrink=shrink, verify=verify, seed=seed, directory=directory, monitors=monitors,
+            shrink=shrink, norms=norms, inner=inner, verify=verify, seed=seed, directory=directory, monitors=monitors,
         )  # fmt: skip
         check_at_least(0, whole=True, batches=batches, rehearse=rehearse)
         self.mode, self.stages, self.steps, self.batches, self.rehearse = mode, stages, steps, batches, rehearse

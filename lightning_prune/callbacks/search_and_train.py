@@ -22,6 +22,7 @@ from lightning_prune.callbacks.subnets import SubnetTraining
 from lightning_prune.choices import check_at_least, unknown_name
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.gated_training import moved_by, refuse_repeated_losses
+from lightning_prune.graph.analysis import Norms
 from lightning_prune.schedules import OneShot, Position, Unit
 from lightning_prune.subnet_search import THRESHOLDS, SubnetSearch
 from lightning_prune.threshold_net import relative
@@ -45,10 +46,10 @@ class SearchAndTrain(SubnetPruning):
     own optimizer and schedule without restarts, and of ``robust`` the whole: who teaches, when, and with what weights.
 
     Args:
-        remove: As for :class:`~lightning_prune.ChannelPruning`.
-        of: What it is a fraction of.
-        coarse, at: Positions at which the search begins, and at which it ends and channels go.
-        unit: Of both: ``"fraction"`` of the fit, ``"epoch"`` or ``"step"``.
+        remove, of, include, exclude, round_to, min_channels, shrink, norms, inner, verify, recalibrate, seed,
+            directory, monitors: As for :class:`~lightning_prune.ChannelPruning`.
+        coarse, at, unit: When the search begins, when it ends and channels go, and in what: ``"fraction"`` of the fit,
+            ``"epoch"`` or ``"step"``.
         iterations: How many times subnets are drawn in this time; default: 5, or as many as there are steps for.
         candidates, batches: How many are drawn each time, at least 2; how many batches their losses are measured on.
         alpha_every: Every how many-th optimizer step moves the importances instead of weights.
@@ -61,7 +62,6 @@ class SearchAndTrain(SubnetPruning):
             ``teachers``. For class scores; costs a run of each teacher in each step, and two more networks in memory.
         teachers: Paths of checkpoints of further teachers, pruned or not.
         output_of, labels: As for :class:`~lightning_prune.Distillation`.
-        include, exclude, round_to, min_channels, shrink, verify, recalibrate, seed, directory, monitors: As ``remove``.
 
     Raises:
         ConfigurationError: If an argument is wrong, or the phases do not fit into the fit.
@@ -80,14 +80,14 @@ class SearchAndTrain(SubnetPruning):
         alpha_lr: float = 0.005, variance: float = 0.1, thresholds: Sequence[float] | None = None,
         threshold_lr: float = 0.01, candidates: int = 8, noise: float = 0.05, batches: int = 16,
         include: Patterns | None = None, exclude: Patterns | None = None, round_to: int = 1,
-        min_channels: int | float = 1, shrink: Shrink = "rounds", verify: bool = True, recalibrate: int = 0,
-        seed: int = 0, directory: str | None = None, robust: bool = False, teachers: Sequence[str] | None = None,
+        min_channels: int | float = 1, shrink: Shrink = "rounds", norms: Norms = "exact",
+        inner: Patterns | None = None, verify: bool = True, recalibrate: int = 0, seed: int = 0,
+        directory: str | None = None, robust: bool = False, teachers: Sequence[str] | None = None,
         output_of: str | None = None, labels: str | int | None = None, monitors: Monitors = "keep",
     ) -> None:  # fmt: skip
         super().__init__(
-            "l2", remove, of, OneShot(at, unit), include=include, exclude=exclude, round_to=round_to, shrink=shrink,
-            min_channels=min_channels, verify=verify, recalibrate=recalibrate, seed=seed, directory=directory,
-            monitors=monitors,
+            "l2", remove, of, OneShot(at, unit), "global", include, exclude, None, round_to, min_channels, "keep",
+            shrink, norms, inner, verify, recalibrate, seed, directory, monitors,
         )  # fmt: skip
         if of not in ("channels", "params", "macs"):
             raise unknown_name("measure of SearchAndTrain", of, ["channels", "params", "macs"])

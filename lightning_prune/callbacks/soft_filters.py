@@ -16,6 +16,7 @@ from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.phases import PhasedPruning
 from lightning_prune.criteria import Criterion, CriterionName
 from lightning_prune.errors import ConfigurationError
+from lightning_prune.graph.analysis import Norms
 from lightning_prune.masks import Masks
 from lightning_prune.schedules import OneShot, Position, Unit
 
@@ -41,6 +42,7 @@ class SoftFilterPruning(PhasedPruning):
         round_to: Widths become multiples of this.
         min_channels: Fewest channels of a group.
         shrink: When channels are removed physically.
+        norms, inner: What else may go of transformers.
         verify: Whether each shrink is checked.
         recalibrate: Batches to re-estimate batch-norm statistics on.
         seed: Seed of random criteria.
@@ -73,6 +75,8 @@ class SoftFilterPruning(PhasedPruning):
         round_to: int = 1,
         min_channels: Union[int, float] = 1,  # noqa: UP007
         shrink: Shrink = "rounds",
+        norms: Norms = "exact",
+        inner: Patterns | None = None,
         verify: bool = True,
         recalibrate: int = 0,
         seed: int = 0,
@@ -81,8 +85,8 @@ class SoftFilterPruning(PhasedPruning):
     ) -> None:
         super().__init__(
             criterion, remove, of, OneShot(at, unit), scope, include, exclude, ratios, round_to, min_channels,
-            shrink=shrink, verify=verify, recalibrate=recalibrate, seed=seed, directory=directory,
-            monitors=monitors,
+            shrink=shrink, norms=norms, inner=inner, verify=verify, recalibrate=recalibrate, seed=seed,
+            directory=directory, monitors=monitors,
         )  # fmt: skip
         if every < 1:
             raise ConfigurationError(f"every is a number of epochs, so at least 1, but is {every}.")

@@ -297,6 +297,8 @@ NEVER_ZERO = "never zero"
 """Mark of labels of parameters whose units must not be zeroed: they are divided by their norm."""
 STATISTICS = "statistics"
 """Mark of labels that are normalised over: without them the others are normalised by something else."""
+NORMALISED_OVER = "is normalised over"
+"""How the reasons begin for which channels stay that a norm takes its statistics over."""
 INNER = "inner"
 """Mark of labels for which it mattered that equal positions of every block were chosen."""
 

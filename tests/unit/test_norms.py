@@ -7,7 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune import ChannelPruning, ConfigurationError, OneShot, load_pruned
+from lightning_prune import (
+    BayesianPruning,
+    BudgetError,
+    ChannelPruning,
+    ConfigurationError,
+    EvolutionarySearch,
+    OneShot,
+    ScoringNetPruning,
+    SearchAndTrain,
+    SoftFilterPruning,
+    load_pruned,
+)
 from lightning_prune.surgery import shrink, trace
 from tests.helpers import difference, masked_copy, random_keep, randomise, run
 
@@ -36,11 +47,8 @@ class Stream(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-def fitted(tmp_path, **arguments):
-    L.seed_everything(0)
-    module = Stream()
+def fit(module, callback, tmp_path):
     data = torch.utils.data.TensorDataset(torch.randn(48, 5), torch.randint(0, 3, (48,)))
-    callback = ChannelPruning(remove=0.5, of="channels", scope="group", schedule=OneShot(0.5), **arguments)
     trainer = L.Trainer(
         default_root_dir=tmp_path,
         max_epochs=2,
@@ -51,6 +59,13 @@ def fitted(tmp_path, **arguments):
         enable_model_summary=False,
     )
     trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=8))
+
+
+def fitted(tmp_path, **arguments):
+    L.seed_everything(0)
+    module = Stream()
+    callback = ChannelPruning(remove=0.5, of="channels", scope="group", schedule=OneShot(0.5), **arguments)
+    fit(module, callback, tmp_path)
     return module, callback
 
 
@@ -69,6 +84,61 @@ def test_the_stream_goes_where_approximate_norms_are_allowed(tmp_path, shrink):
     again = load_pruned(next(tmp_path.rglob("pruned.ckpt")), Stream)
     x = torch.randn(7, 5)
     torch.testing.assert_close(again(x), module(x), rtol=0, atol=0)
+
+
+def test_a_budget_that_norms_keep_out_of_reach_is_refused_with_the_remedy(tmp_path):
+    L.seed_everything(0)
+    callback = ChannelPruning(remove=0.9, of="params", schedule=OneShot(0.5))
+    with pytest.raises(BudgetError, match=r"norms='approximate' .* \(here embed.weight \(dim 0\)\)"):
+        fit(Stream(), callback, tmp_path)
+    fit(Stream(), ChannelPruning(remove=0.9, of="params", schedule=OneShot(0.5), norms="approximate"), tmp_path)
+
+
+def test_no_remedy_is_named_that_is_none(tmp_path):
+    callback = ChannelPruning(remove=0.999, of="params", schedule=OneShot(0.5), norms="approximate")
+    with pytest.raises(BudgetError, match=r"limits\.$"):
+        fit(Stream(), callback, tmp_path)
+
+
+class Attending(Stream):
+    """An attention of three heads on the stream, whose width is that of its heads."""
+
+    def __init__(self):
+        super().__init__()
+        del self.up, self.down
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+
+    def forward(self, x):
+        stream = self.norm(self.embed(x)).unflatten(0, (4, -1))
+        return self.head(self.last(self.attention(stream, stream, stream, need_weights=False)[0])).flatten(0, 1)
+
+
+METHODS = {
+    "bayesian": lambda **more: BayesianPruning(rounds=2, **more),
+    "evolution": lambda **more: EvolutionarySearch(population=4, generations=2, batches=1, **more),
+    "scoring net": lambda **more: ScoringNetPruning(steps=6, rehearse=2, batches=2, **more),
+    "search and train": lambda **more: SearchAndTrain(coarse=0.1, at=0.6, iterations=1, **more),
+    "soft filters": lambda **more: SoftFilterPruning(at=0.9, **more),
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_methods_narrow_streams_and_heads_alike(method, tmp_path):
+    L.seed_everything(0)
+    module = Attending()
+    with pytest.warns(UserWarning, match="nothing in Attending can be pruned"):
+        fit(module, method(remove=0.5), tmp_path)
+    assert module.attention.embed_dim == 12
+    callback = method(
+        remove=0.5, of="params", norms="approximate", inner="attention", include="*attention*", directory=str(tmp_path)
+    )
+    fit(module, callback, tmp_path)
+    width = module.attention.embed_dim
+    assert width in (3, 6, 9)
+    assert module.attention.num_heads == 3
+    assert module.embed.out_features == module.norm.normalized_shape[0] == width
+    x = torch.randn(8, 5)
+    torch.testing.assert_close(load_pruned(tmp_path / "pruned.ckpt", Attending)(x), module(x), rtol=0, atol=0)
 
 
 def test_the_name_is_checked():

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from lightning_prune.graph.blocks import leave_statistics
 from lightning_prune.graph.calls import Call, Labelled, Planes, Rule
-from lightning_prune.graph.labels import Plane, outside, reshape_ids, settle
+from lightning_prune.graph.labels import NORMALISED_OVER, Plane, outside, reshape_ids, settle
 from lightning_prune.graph.rules.pointwise import mark, merge
 
-_STATISTICS = "is normalised over (its mean and variance)"
+_STATISTICS = f"{NORMALISED_OVER} (its mean and variance)"
 
 
 def _affine(call: Call, planes: Planes, shape: tuple[int, ...], extra: dict[str, Tensor | None]) -> Planes:
@@ -44,7 +44,7 @@ def batch_norm(call: Call) -> list[Planes]:
     planes = call.planes(data)
     if live or vectors["running_mean"] is None:
         others = [d for d in range(data.dim()) if d != 1]
-        planes = leave_statistics(call.space, planes, others, "is normalised over by live statistics")
+        planes = leave_statistics(call.space, planes, others, f"{NORMALISED_OVER} by live statistics")
     shape = tuple(n if d == 1 else 1 for d, n in enumerate(data.shape))
     merged = _affine(call, planes, shape, vectors)
     channels = tuple(Plane(p.ids.flatten(), False) for p in merged if p.dims == (1,))

@@ -53,7 +53,7 @@ class CostModel:
         return sum(prod(extent.size(widths) for extent in shape) for shape in self._shapes)
 
     def macs(self, widths: Mapping[str, int]) -> float:
-        """Multiply-accumulates per sample of one evaluation forward when the groups have the given widths."""
+        """Multiply-accumulates per sample of the run whose cost is counted, when the groups have the given widths."""
         return sum(flops(widths) for flops in self._operations) / 2 / self._batch_size
 
 

@@ -51,7 +51,8 @@ class Totals:
     Args:
         channels: Sum of the widths of all channel groups.
         parameters: Number of parameters.
-        macs: Multiply-accumulates of one forward on one sample.
+        macs: Multiply-accumulates for one sample: of ``forward`` on ``example_input_array`` where the module has one,
+            else of the training step in evaluation mode, with all that it runs.
         checkpoint_bytes: Size of the saved weights.
         latency_seconds: Measured time of one forward.
     """

@@ -54,7 +54,9 @@ class ChannelPruning(RepairingRounds):
             :class:`~lightning_prune.Criterion`, such as an :class:`~lightning_prune.ActivationCriterion` of your own.
         remove: Fraction to remove in all, in [0, 1); what is reached is the nearest to it that whole channels allow.
         of: What it is a fraction of: ``"macs"``, ``"params"`` or ``"latency"`` (measured) of the whole network, or the
-            ``"channels"`` of the groups that may be pruned.
+            ``"channels"`` of the groups that may be pruned. MACs and latency are those of ``forward`` on
+            ``example_input_array`` where the module has one, else of the training step in evaluation mode, with all
+            that it runs (a teacher, a second view).
         schedule: When rounds are due: ``"one_shot"``, ``"linear"``, ``"cubic"`` (Zhu & Gupta, 2017), ``"geometric"``,
             ``"cosine"``, or a :class:`~lightning_prune.Schedule`.
         scope: Channels compete with all others (``"global"``), with those of their group (``"group"``), or with those

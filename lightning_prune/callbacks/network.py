@@ -12,7 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.callbacks.support import nested_optimizers, rewrap, shadows
+from lightning_prune.callbacks.support import rewrap, shadows
 from lightning_prune.checkpoint import (
     leave_behind,
     left_behind,
@@ -27,6 +27,7 @@ from lightning_prune.graph.program import loose_tensors
 from lightning_prune.graph.tracer import named_leaves
 from lightning_prune.masks import Masks
 from lightning_prune.probe import Probe
+from lightning_prune.probe.optimizers import optimizers_of
 from lightning_prune.report import Totals
 from lightning_prune.surgery import Shrunk, keep_whole, resized, shrink, trace_programs
 from lightning_prune.surgery.attributes import integer_settings, write_settings
@@ -174,8 +175,8 @@ class Network:
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        """The torch optimizers of the fit, with those that they work through."""
-        return list(nested_optimizers(self._trainer.optimizers))
+        """The torch optimizers of the fit, with those that only the module or another optimizer knows of."""
+        return list(optimizers_of(self._trainer, self.module))
 
     def cost_function(self, measure: str) -> Callable[[Mapping[str, int]], float]:
         """Cost of the network with given widths, in ``params``, ``macs`` or ``latency`` (seconds, measured)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container
 from dataclasses import astuple
 
 import torch
@@ -170,19 +170,6 @@ def steps_with_plain_gradients(trainer: Trainer, optimizer: Optimizer, went_back
         scaler.unscale_(optimizer)
     overflows = scaler._found_inf_per_device(optimizer).values()
     return bool(overflows) and not any(bool(overflow) for overflow in overflows)
-
-
-def nested_optimizers(optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
-    """Optimizers and those that they hold as attributes, as ones do that refine the steps of another; each once."""
-    seen: set[int] = set()
-    pending = list(optimizers)
-    while pending:
-        optimizer = pending.pop(0)
-        if id(optimizer) in seen:
-            continue
-        seen.add(id(optimizer))
-        yield optimizer
-        pending += [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
 
 
 def shadows(pl_module: LightningModule) -> list[LightningModule]:

@@ -16,6 +16,7 @@ from lightning_prune.graph.dry_run import NumbersNeededError
 from lightning_prune.graph.grouping import Leaf, LeafTable
 from lightning_prune.graph.labels import (
     INNER,
+    READ,
     SOLID,
     STATISTICS,
     Frozen,
@@ -67,7 +68,8 @@ class Analysis:
 
     Args:
         model: The network.
-        programs: The ways of running it. The first one that runs in evaluation mode is the one whose cost is counted.
+        programs: The ways of running it. The cost is that of the deployed one, else of the first that runs in
+            evaluation mode.
         norms: "approximate" lets channels go that are normalised over; the others are then normalised by themselves.
         inner: Dimensions of tensors of whose blocks (heads, say) equal positions may go instead of whole blocks.
 
@@ -130,7 +132,21 @@ class Analysis:
         self._blocks = self._dense_blocks()
         self.united = torch.arange(self.space.count)
         self._edges_solved = 0
+        self._keep_what_is_left_out()
         self.solve()
+
+    def _keep_what_is_left_out(self) -> None:
+        """Keep units whole of which a slice has left something out, and of which nothing is made elsewhere either."""
+        self._left_out: list[Frozen] = []
+        if not self.space.left_out:
+            return
+        self._unite()
+        read = torch.zeros(self.space.count, dtype=torch.bool)
+        for ids in itertools.chain(self.space.marks.get(READ, ()), self.space.marks.get("consumer", ())):
+            read[self.united[ids]] = True
+        for ids, reason in self.space.left_out:
+            if not bool((seen := read[self.united[ids]]).all()):
+                self._left_out.append(Frozen(ids[~seen], reason))
 
     def _leave_whole(self) -> None:
         """Keep parts whole that no run could tell how to cut."""
@@ -260,7 +276,7 @@ class Analysis:
         step = components(self.space.count, [(self.united[a], self.united[b]) for a, b in fresh])
         self.united = step[self.united]
         solid = torch.zeros(self.space.count, dtype=torch.bool)
-        solid[self.united[torch.cat([frozen.ids for frozen in self.space.frozen])]] = True
+        solid[self.united[torch.cat([frozen.ids for frozen in [*self.space.frozen, *self._left_out]])]] = True
         self.roots = torch.where(solid[self.united], torch.tensor(SOLID), self.united)
 
     def _tie(self, ragged: Sequence[Tensor]) -> None:
@@ -300,7 +316,7 @@ class Analysis:
 
     def refusals(self) -> tuple[Refusal, ...]:
         """What stays whole, and why; one entry for everything that belongs together."""
-        told = [frozen for frozen in self.space.frozen if frozen.reason is not None]
+        told = [frozen for frozen in [*self.space.frozen, *self._left_out] if frozen.reason is not None]
         first = torch.full((self.space.count,), len(told))
         if told:
             labels = torch.cat([self.united[frozen.ids] for frozen in told])
@@ -353,7 +369,8 @@ class Analysis:
 
     def graph(self) -> ChannelGraph:
         """The channel graph as it is known now."""
-        run = next((run for run in self.runs if not run.program.training), self.runs[0])
+        by_worth = sorted(self.runs, key=lambda run: (not run.program.deployed, run.program.training))
+        run = by_worth[0]
 
         def extents(value: object) -> object:
             if isinstance(value, Labelled):

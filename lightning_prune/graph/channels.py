@@ -119,7 +119,7 @@ class ChannelGraph:
         groups: Channel groups by name.
         refused: Parts that stay whole, with the reason.
         tensors: Shape of every parameter and float buffer as a function of the group widths, by name.
-        operations: Operators of one evaluation forward that multiply and accumulate.
+        operations: Operators that multiply and accumulate in the run whose cost is counted.
         batch_size: Number of samples in the batch that ``operations`` were recorded on.
         evidence: What the graph was derived from; surgery proves a cut against it.
 

@@ -133,13 +133,14 @@ class LabelSpace:
         self.edges: list[tuple[Tensor, Tensor]] = []
         self.static_edges: list[tuple[Tensor, Tensor]] = []
         self.frozen: list[Frozen] = [Frozen(torch.zeros(1, dtype=torch.int64), None)]
+        self.left_out: list[Frozen] = []
         self.marks: dict[str, list[Tensor]] = {}
         self.blocks: list[Tensor] = []
         self._inner: Tensor | None = None
 
     def snapshot(self) -> Callable[[], None]:
         """A function that forgets everything learnt since now (labels stay handed out)."""
-        lists: list[list[Any]] = [self.edges, self.static_edges, self.frozen, self.blocks]
+        lists: list[list[Any]] = [self.edges, self.static_edges, self.frozen, self.left_out, self.blocks]
         lengths = [len(items) for items in lists]
         marks = {mark: len(found) for mark, found in self.marks.items()}
         inner = None if self._inner is None else self._inner.clone()
@@ -219,6 +220,10 @@ class LabelSpace:
         """These labels stay whole."""
         self.frozen.append(Frozen(ids.flatten(), None if reason is None else f"{reason} ({user_line()})"))
 
+    def leave_out(self, ids: Tensor) -> None:
+        """These labels stay whole unless their units are read elsewhere, as another run may use more of them."""
+        self.left_out.append(Frozen(ids.flatten(), f"lies beyond what the runs use of it ({user_line()})"))
+
     def keep_dense(self, ids: Tensor) -> None:
         """What remains of a tensor with these labels must be a dense block: equal pieces stay equal."""
         if len(varying(ids)) > 1:
@@ -297,6 +302,8 @@ NEVER_ZERO = "never zero"
 """Mark of labels of parameters whose units must not be zeroed: they are divided by their norm."""
 STATISTICS = "statistics"
 """Mark of labels that are normalised over: without them the others are normalised by something else."""
+READ = "read"
+"""Mark of labels that are summed over: of whose units something is made in the end."""
 NORMALISED_OVER = "is normalised over"
 """How the reasons begin for which channels stay that a norm takes its statistics over."""
 INNER = "inner"

@@ -41,6 +41,7 @@ class Program:
             their shape whatever is pruned.
         restricts: Whether it only says what must stay as it is: it may fail, and tensors that no other program uses
             stay whole.
+        deployed: Whether it is how the network will be used, so that its cost is the network's cost.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Program:
     samples: int = 1
     handed_out: Callable[[Any], Any] = lambda result: result
     restricts: bool = False
+    deployed: bool = False
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

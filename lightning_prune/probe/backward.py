@@ -10,17 +10,21 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_prune.errors import PruneError
+from lightning_prune.graph.observation import unobserved
 
 _BACKWARD = (torch.Tensor.backward, torch.autograd.backward)
+_REQUIRING = (torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 
 
 class NoBackward(TorchFunctionMode):
     """Leaves out every backward pass, so that a step written for training runs without gradients too.
 
-    ``torch.autograd.grad`` of what has no graph gives zeros.
+    Code that looks at gradients after that finds zeros, in the given parameters and in tensors that were made to
+    require them inside. ``torch.autograd.grad`` of what has no graph gives zeros as well.
 
     Args:
         losses: Where to put the tensors that were to be differentiated.
+        parameters: Those of the network.
 
     Example:
         >>> losses = []
@@ -30,18 +34,28 @@ class NoBackward(TorchFunctionMode):
         [tensor(1.)]
     """
 
-    def __init__(self, losses: list[Tensor]) -> None:
+    def __init__(self, losses: list[Tensor], parameters: Iterable[nn.Parameter] = ()) -> None:
         super().__init__()
         self._losses = losses
+        self._leaves: list[Tensor] = list(parameters)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` unless it differentiates."""
         if func in _BACKWARD:
             self._losses.extend(_tensors(args[0]))
+            with unobserved():
+                for leaf in self._leaves:
+                    if leaf.requires_grad and leaf.grad is None:
+                        leaf.grad = torch.zeros_like(leaf)
             return None
         if func is torch.autograd.grad and not any(tensor.requires_grad for tensor in _tensors(args[0])):
             return tuple(torch.zeros_like(tensor) for tensor in _tensors(args[1]))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func in _REQUIRING:
+            self._leaves.append(args[0])
+        elif kwargs and kwargs.get("requires_grad") is True and isinstance(result, Tensor):
+            self._leaves.append(result)
+        return result
 
 
 class LocalBackward(TorchFunctionMode):

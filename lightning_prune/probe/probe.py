@@ -163,7 +163,7 @@ class Probe(Runs):
         )
 
     def _step_without_loss(self) -> None:
-        with NoBackward([]):
+        with NoBackward([], self._module.parameters()):
             self._training_step(copied(self._fixed_batch()))
 
     def loss(self, batches: Sequence[Any]) -> float:
@@ -183,7 +183,7 @@ class Probe(Runs):
         with self._sandbox("training_step (loss)", True) as record:
             for number, batch in enumerate(batches):
                 seed_everywhere(SEED + number)
-                with torch.no_grad(), NoBackward(record.losses):
+                with torch.no_grad(), self._no_backward(record):
                     returned = self._training_step(copied(batch))
                 found.append(self._value_of_loss(returned, record.losses))
                 for kept in (record.outputs, record.logged, record.losses):
@@ -201,7 +201,7 @@ class Probe(Runs):
         """
         has_example = self._module.example_input_array is not None
         batch = None if has_example else copied(self._fixed_batch())
-        with self._sandbox("latency", False) as record, torch.no_grad(), NoBackward(record.losses):
+        with self._sandbox("latency", False) as record, torch.no_grad(), self._no_backward(record):
             return measure_latency(lambda: self._forward() if has_example else self._training_step(batch), repeats)
 
     def reestimate_batch_norm(self, count: int) -> None:
@@ -226,7 +226,7 @@ class Probe(Runs):
                 norm.momentum = None
             for number, batch in enumerate(batches):
                 seed_everywhere(SEED + number)
-                with torch.no_grad(), NoBackward(record.losses):
+                with torch.no_grad(), self._no_backward(record):
                     self._training_step(copied(batch))
             estimates = [(statistic, statistic.clone()) for norm in norms for statistic in _estimated(norm)]
         with torch.no_grad():

@@ -179,7 +179,8 @@ class Runs:
 
     def _forward_program(self, training: bool) -> Program:
         example = self._module.example_input_array
-        return self._program("forward", training, self._forward, example, _EXAMPLE_REMEDY)
+        deployed = example is not None and not training
+        return self._program("forward", training, self._forward, example, _EXAMPLE_REMEDY, deployed=deployed)
 
     def _other_programs(self, batch: Any) -> list[Program]:
         if self._others is None:
@@ -206,7 +207,7 @@ class Runs:
     def _training_at_a_glance(self, batch: Any) -> tuple[int, bool]:
         """How many operators the training step executes, and whether it calls ``forward``."""
         count = OperatorCount()
-        with self._sandbox("training_step", True) as record, torch.no_grad(), NoBackward(record.losses), count:
+        with self._sandbox("training_step", True) as record, torch.no_grad(), self._no_backward(record), count:
             self._training_step(copied(batch))
         return count.total, "forward" in record.outputs
 
@@ -215,7 +216,7 @@ class Runs:
         for place in range(len(_arguments(name, batch))):
             try:
                 count = OperatorCount(most)
-                with self._sandbox(name, False) as record, torch.no_grad(), NoBackward(record.losses), count:
+                with self._sandbox(name, False) as record, torch.no_grad(), self._no_backward(record), count:
                     self._call(name, place, batch)
             except TooManyOperatorsError:
                 rank_zero_warn(
@@ -238,17 +239,24 @@ class Runs:
             return called(*args, **kwargs)
 
     def _program(
-        self, what: str, training: bool, call: Callable[[], Any], data: Any, remedy: str, restricts: bool = False
+        self,
+        what: str,
+        training: bool,
+        call: Callable[[], Any],
+        data: Any,
+        remedy: str,
+        restricts: bool = False,
+        deployed: bool = False,
     ) -> Program:
         name = f"{what} ({'train' if training else 'evaluation'} mode)"
 
         def run() -> dict[str, Any]:
-            with self._sandbox(name, training, remedy) as record, torch.no_grad(), NoBackward(record.losses):
+            with self._sandbox(name, training, remedy) as record, torch.no_grad(), self._no_backward(record):
                 returned = call()
             handed_out = {"return": returned, "log": record.logged, "backward": record.losses}
             return {**handed_out, "outputs": record.outputs}
 
-        return Program(name, run, training, count_samples(data), _handed_out, restricts)
+        return Program(name, run, training, count_samples(data), _handed_out, restricts, deployed)
 
     def _training_step(self, batch: Any) -> Any:
         takes_index = is_param_in_hook_signature(self._module.training_step, "batch_idx", min_args=2)
@@ -287,6 +295,9 @@ class Runs:
                     "score by. Call `self.manual_backward(loss)` in it, or choose a criterion that needs no gradients."
                 )
             return {name: _dense(wanted[name], gradient) for name, gradient in found.items()}
+
+    def _no_backward(self, record: Record) -> NoBackward:
+        return NoBackward(record.losses, self._module.parameters())
 
     def _is_distributed(self) -> bool:
         return self._trainer is not None and isinstance(self._trainer.strategy.model, DistributedDataParallel)

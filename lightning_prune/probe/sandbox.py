@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from inspect import isfunction
 from itertools import count
 from typing import Any
 
@@ -14,11 +15,13 @@ from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
 
 from lightning_prune.errors import TraceError
 from lightning_prune.graph.observation import unobserved
 from lightning_prune.graph.program import preserved, seed_everywhere
+from lightning_prune.probe.optimizers import optimizers_of
 from lightning_prune.probe.snapshot import Snapshot
 
 
@@ -74,9 +77,10 @@ class SilentLogger(DummyLogger):
 def sandbox(trainer: Trainer | None, pl_module: LightningModule, training: bool, seed: int) -> Iterator[Record]:
     """Run anything of ``pl_module`` without a lasting effect.
 
-    Nothing reaches a log, metric, optimizer, scheduler or logger. Parameters, buffers, gradients, modes, metric states
-    and other attributes of the module and the random state are put back afterwards (see :class:`Snapshot` for what is
-    not). Compiled modules run uncompiled, because they would ignore hooks that were added late.
+    Nothing reaches a log, metric, optimizer (of whose class no method but torch's is run), scheduler or logger.
+    Parameters, buffers, gradients, modes, metric states and other attributes of the module and the random state are
+    put back afterwards (see :class:`Snapshot` for what is not). Compiled modules run uncompiled, because they would
+    ignore hooks that were added late.
 
     Args:
         trainer: The Trainer that ``pl_module`` is attached to, if any.
@@ -103,6 +107,9 @@ def sandbox(trainer: Trainer | None, pl_module: LightningModule, training: bool,
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             _silence_module(pl_module, record)
             _watch_outputs(stack, pl_module, record)
+            for optimizer in optimizers_of(trainer, pl_module):
+                for name in _stepping_methods(optimizer):
+                    stack.enter_context(_replaced(optimizer, name, _recorder_of_steps(optimizer, record)))
             if trainer is not None:
                 _silence_trainer(stack, trainer, pl_module, record)
             seed_everywhere(seed)
@@ -174,16 +181,23 @@ def _silence_trainer(stack: ExitStack, trainer: Trainer, pl_module: LightningMod
     trainer.loggers = [SilentLogger(logger) for logger in loggers]
 
     wrapped = pl_module.optimizers()
-    optimizers = [*trainer.optimizers, *(wrapped if isinstance(wrapped, list) else [wrapped])]
-    for optimizer in optimizers:
-        stack.enter_context(_replaced(optimizer, "step", _recorder_of_steps(optimizer, record)))
+    for wrapper in wrapped if isinstance(wrapped, list) else [wrapped]:
+        stack.enter_context(_replaced(wrapper, "step", _recorder_of_steps(wrapper, record)))
     for config in trainer.lr_scheduler_configs:
         stack.enter_context(_replaced(config.scheduler, "step", _do_nothing))
 
 
+def _stepping_methods(optimizer: Optimizer) -> set[str]:
+    """``step``, and what else the class of an optimizer does that torch's do not: a step in several parts, say."""
+    kinds = [kind for kind in type(optimizer).__mro__ if issubclass(kind, Optimizer)]
+    own = [kind for kind in kinds if not kind.__module__.startswith("torch.optim")]
+    found = {name for kind in own for name, value in vars(kind).items() if isfunction(value)}
+    return {"step"} | {name for name in found - vars(Optimizer).keys() if not name.startswith("__")}
+
+
 def _recorder_of_steps(optimizer: Any, record: Record) -> Callable[..., Any]:
-    def step(closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
-        result = None if closure is None else closure()
+    def step(closure: Any = None, *args: Any, **kwargs: Any) -> Any:
+        result = closure() if callable(closure) else None
         for parameter in [parameter for group in optimizer.param_groups for parameter in group["params"]]:
             if parameter.grad is not None:
                 earlier = record.stepped.get(parameter)

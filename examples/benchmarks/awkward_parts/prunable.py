@@ -97,7 +97,7 @@ PRUNABLE: dict[str, tuple[float, str]] = {
     "selective_kernel": (1.00, OUTPUT),
     "dynamic_convolution": (1.00, OUTPUT),
     "literal_view": (1.00, "channels under the literal view"),
-    "literal_slice": (0.99, "the fifteen channels of the literal slice"),
+    "literal_slice": (0.74, "the fifteen channels of the literal slice"),
     "literal_slice_tail": (0.99, OUTPUT),
     "strided_slice": (0.71, "every other channel is picked"),
     "slice_by_attribute": (0.99, OUTPUT),

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lightning_prune.graph.blocks import keep_positions
 from lightning_prune.graph.calls import Call, Labelled, Planes, Rule
-from lightning_prune.graph.labels import LabelSpace, Plane, reshape_ids, settle
+from lightning_prune.graph.labels import READ, LabelSpace, Plane, reshape_ids, settle
 from lightning_prune.graph.rules.pointwise import mark, merge
 
 NEEDS_ZERO = "needs zero"
@@ -27,6 +27,8 @@ def sum_out(space: LabelSpace, planes: Planes, dim: int, protected: Planes) -> P
     for plane in planes:
         if plane.zero or weighed:
             plane = keep_positions(space, plane, (dim,))
+        if plane.ids.shape[dim] > 1:
+            space.mark(READ, plane.ids)
         if plane.ids.shape[dim] == 1:
             result.append(plane)
         elif len(plane.dims) > 1:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_prune.graph.blocks import keep_positions
 from lightning_prune.graph.calls import Call, Labelled, Planes, Rule
-from lightning_prune.graph.labels import STATISTICS, ZEROED, Plane, settle
+from lightning_prune.graph.labels import READ, STATISTICS, ZEROED, Plane, settle
 from lightning_prune.graph.rules.contractions import NEEDS_ZERO
 from lightning_prune.graph.rules.pointwise import merge
 
@@ -52,6 +52,7 @@ def reduce(call: Call) -> list[Planes]:
             plane = keep_positions(call.space, plane, dims)
         inside = [d for d in plane.dims if d in dims]
         if inside and len(inside) == len(plane.dims):
+            call.space.mark(READ, plane.ids)
             if plane.zero and ignores_zeros(call):
                 call.space.mark(ZEROED if call.static else NEEDS_ZERO, plane.ids)
                 continue

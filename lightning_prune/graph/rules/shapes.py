@@ -59,7 +59,10 @@ def slice_(call: Call) -> list[Planes]:
     for plane in call.planes(source):
         ids = plane.ids
         if ids.shape[dim] > 1 and target.shape[dim] != source.shape[dim]:
-            ids = compact(torch.ops.aten.slice(ids, dim, **rest))
+            inside = torch.ops.aten.slice(torch.arange(source.shape[dim]), 0, **rest)
+            beyond = torch.ones(source.shape[dim], dtype=torch.bool).index_fill(0, inside, False)
+            call.space.leave_out(ids.index_select(dim, beyond.nonzero().flatten()))
+            ids = compact(ids.index_select(dim, inside))
         result.append(Plane(ids, plane.zero))
     return [tuple(result)]
 

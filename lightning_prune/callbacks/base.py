@@ -40,6 +40,7 @@ from lightning_prune.callbacks.support import (
     refuse_unsupported,
     say,
     shadows,
+    steps_by_itself,
 )
 from lightning_prune.checkpoint import VERSION, put_record, unwrap_hooks, wrap_hooks
 from lightning_prune.choices import check_at_least, check_switches, unknown_name
@@ -109,7 +110,7 @@ class PruningCallback(PruningMethod, Callback):
         self._handles: list[RemovableHandle] = []
         self._optimizer_steps = Steps()
         self._monitoring = Monitoring(monitors)
-        self._observing = self._works = False
+        self._observing = self._works = self._warned_of_steps = False
         self._logged_epoch = -1
         self._report: PruneReport | None = None
 
@@ -240,9 +241,14 @@ class PruningCallback(PruningMethod, Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._network is None:
+            return
         # A step that was announced and not taken, because another hook kept the optimizer from it.
-        if self._network is not None and self._optimizer_steps.announced is not None:
+        if self._optimizer_steps.announced is not None:
             self._after_step(self._optimizer_steps.announced, (), {})
+        # The module may have moved its weights by hand.
+        elif self._works and not self._optimizer_steps.seen and not steps_by_itself(trainer):
+            self._network.mask_weights()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -312,7 +318,8 @@ class PruningCallback(PruningMethod, Callback):
         if self._works:
             self.resume(network)
         network.rewrap()
-        self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
+        self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in network.optimizers]
+        self._warned_of_steps = False
 
     def _start_record(self, network: Network) -> None:
         fresh = {"version": VERSION, "level": 0.0, "target": 0.0, "rounds": [], "before": asdict(network.totals())}
@@ -343,8 +350,19 @@ class PruningCallback(PruningMethod, Callback):
         if not (announced and leaves_zeros(optimizer)):
             self._network.mask_weights()
         self._network.note_late_use()
-        if not left_out:  # a fused optimizer has been called even so, and has moved nothing
+        if not any(optimizer is known for known in self._network.module.trainer.optimizers):
+            self._warn_of_unknown(optimizer)
+        elif not left_out:  # a fused optimizer has been called even so, and has moved nothing
             self.after_step(self._network, optimizer)
+
+    def _warn_of_unknown(self, optimizer: Optimizer) -> None:
+        """Warn of a step that neither was announced nor belongs to one that was, if that matters."""
+        if self._optimizer_steps.announced is None and self.acts_at_steps and not self._warned_of_steps:
+            self._warned_of_steps = True
+            rank_zero_warn(
+                f"{type(optimizer).__name__} steps without Lightning knowing: what {type(self).__name__} does at each "
+                f"step does not take place. Return it from configure_optimizers, and step it by optimizer.step()."
+            )
 
     def _round_if_due(self, trainer: Trainer, position: Position) -> bool:
         """Do now what should be done by this position and is not, according to the record."""

@@ -79,6 +79,16 @@ class PruningMethod(ABC):
     def resume(self, network: Network) -> None:
         """Get ready for training, be it at its start or after a stop; called once in each fit, after ``prepare``."""
 
+    @property
+    def acts_at_steps(self) -> bool:
+        """Whether it matters to the method that it is called before and after the steps of optimizers."""
+        kind = type(self)
+        return (
+            kind.before_masking is not PruningMethod.before_masking
+            or kind.before_step is not PruningMethod.before_step
+            or kind.after_step is not PruningMethod.after_step
+        )
+
     def before_batch(self, network: Network, position: Position) -> None:
         """Called before each batch of training, after a round that is due.
 
@@ -96,7 +106,8 @@ class PruningMethod(ABC):
     def after_step(self, network: Network, optimizer: Optimizer) -> None:
         """Called after each step of an optimizer, with what is off zeroed; not if half precision has left it out.
 
-        A step that Lightning does not know of was not announced by :meth:`before_step`.
+        A step that Lightning does not know of was not announced by :meth:`before_step`; of an optimizer that it does
+        not know, the end of a step is not told either.
         """
 
     @property

@@ -13,16 +13,18 @@ class Steps:
 
     Attributes:
         announced: The optimizer whose step was announced and has not come yet.
+        seen: Whether any optimizer has stepped in this batch.
     """
 
     def __init__(self) -> None:
         self.announced: Optimizer | None = None
+        self.seen = False
         self._left_out: Optimizer | None = None
         self._went_backward = False
 
     def begin_batch(self) -> None:
         """Take note that a batch begins, which has given no loss so far."""
-        self._went_backward = False
+        self._went_backward = self.seen = False
 
     def go_backward(self) -> None:
         """Take note that the batch has given a loss."""
@@ -39,5 +41,9 @@ class Steps:
     def end(self, optimizer: Optimizer) -> tuple[bool, bool]:
         """Take note that an optimizer was called; whether that was announced, and whether it was to move nothing."""
         was = self.announced is optimizer, self._left_out is optimizer
-        self.announced = self._left_out = None
+        self.seen = True
+        if was[0]:
+            self.announced = None
+        if was[1]:
+            self._left_out = None
         return was

@@ -126,6 +126,11 @@ def _automatic(trainer: Trainer) -> bool:
     return trainer.lightning_module is not None and trainer.lightning_module.automatic_optimization
 
 
+def steps_by_itself(trainer: Trainer) -> bool:
+    """Whether Lightning steps optimizers by itself, so that a batch without a step is one that accumulates."""
+    return _automatic(trainer) and bool(trainer.optimizers)
+
+
 def say(trainer: Trainer, message: str) -> None:
     """Print a message without tearing the progress bar."""
     if not trainer.is_global_zero:

@@ -144,6 +144,13 @@ class WeightPruning(PruningCallback):
             gradients = {name: w.grad.to_dense() for name, w in weights.items() if w.grad is not None}
             self._criterion.watch(weights, gradients, self._watched)
 
+    @property
+    @override
+    def acts_at_steps(self) -> bool:
+        return super().acts_at_steps and (
+            type(self) is not WeightPruning or isinstance(self._criterion, WatchingCriterion)
+        )
+
     @override
     def removed(self, network: Network) -> float:
         total = sum(self._record.get("eligible", {}).values())

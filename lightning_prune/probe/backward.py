@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_prune.errors import PruneError
-from lightning_prune.graph.observation import unobserved
 
 _BACKWARD = (torch.Tensor.backward, torch.autograd.backward)
 _REQUIRING = (torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
@@ -43,10 +42,9 @@ class NoBackward(TorchFunctionMode):
         """Run ``func`` unless it differentiates."""
         if func in _BACKWARD:
             self._losses.extend(_tensors(args[0]))
-            with unobserved():
-                for leaf in self._leaves:
-                    if leaf.requires_grad and leaf.grad is None:
-                        leaf.grad = torch.zeros_like(leaf)
+            for leaf in self._leaves:
+                if leaf.requires_grad and leaf.grad is None:
+                    leaf.grad = torch.zeros_like(leaf)
             return None
         if func is torch.autograd.grad and not any(tensor.requires_grad for tensor in _tensors(args[0])):
             return tuple(torch.zeros_like(tensor) for tensor in _tensors(args[1]))

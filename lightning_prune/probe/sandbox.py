@@ -108,8 +108,7 @@ def sandbox(trainer: Trainer | None, pl_module: LightningModule, training: bool,
             _silence_module(pl_module, record)
             _watch_outputs(stack, pl_module, record)
             for optimizer in optimizers_of(trainer, pl_module):
-                for name in _stepping_methods(optimizer):
-                    stack.enter_context(_replaced(optimizer, name, _recorder_of_steps(optimizer, record)))
+                _silence_optimizer(stack, optimizer, record)
             if trainer is not None:
                 _silence_trainer(stack, trainer, pl_module, record)
             seed_everywhere(seed)
@@ -182,12 +181,17 @@ def _silence_trainer(stack: ExitStack, trainer: Trainer, pl_module: LightningMod
 
     wrapped = pl_module.optimizers()
     for wrapper in wrapped if isinstance(wrapped, list) else [wrapped]:
-        stack.enter_context(_replaced(wrapper, "step", _recorder_of_steps(wrapper, record)))
+        _silence_optimizer(stack, wrapper, record)
     for config in trainer.lr_scheduler_configs:
         stack.enter_context(_replaced(config.scheduler, "step", _do_nothing))
 
 
-def _stepping_methods(optimizer: Optimizer) -> set[str]:
+def _silence_optimizer(stack: ExitStack, optimizer: Any, record: Record) -> None:
+    for name in _stepping_methods(getattr(optimizer, "optimizer", optimizer)):
+        stack.enter_context(_replaced(optimizer, name, _recorder_of_steps(optimizer, record)))
+
+
+def _stepping_methods(optimizer: Any) -> set[str]:
     """``step``, and what else the class of an optimizer does that torch's do not: a step in several parts, say."""
     kinds = [kind for kind in type(optimizer).__mro__ if issubclass(kind, Optimizer)]
     own = [kind for kind in kinds if not kind.__module__.startswith("torch.optim")]
@@ -198,11 +202,12 @@ def _stepping_methods(optimizer: Optimizer) -> set[str]:
 def _recorder_of_steps(optimizer: Any, record: Record) -> Callable[..., Any]:
     def step(closure: Any = None, *args: Any, **kwargs: Any) -> Any:
         result = closure() if callable(closure) else None
-        for parameter in [parameter for group in optimizer.param_groups for parameter in group["params"]]:
-            if parameter.grad is not None:
-                earlier = record.stepped.get(parameter)
-                gradient = parameter.grad.detach()
-                record.stepped[parameter] = gradient.clone() if earlier is None else earlier + gradient
+        with unobserved():
+            for parameter in [parameter for group in optimizer.param_groups for parameter in group["params"]]:
+                if parameter.grad is not None:
+                    earlier = record.stepped.get(parameter)
+                    gradient = parameter.grad.detach()
+                    record.stepped[parameter] = gradient.clone() if earlier is None else earlier + gradient
         return result
 
     return step

@@ -416,6 +416,8 @@ class PruningCallback(PruningMethod, Callback):
     def _shrink_at_end(self, network: Network) -> bool:
         """Remove what is masked, as far as that is possible; whether anything has changed."""
         before = len(network.whole)
+        for name, leader in network.followers.left_behind(network.graph.groups, network.masks.keep).items():
+            rank_zero_warn(f"{name} seems to follow {leader} in a hook, but does not lose the same channels")
         while True:
             try:
                 keep = network.masks.keep

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.network import Network
+from lightning_prune.callbacks.support import refuse_followers
 from lightning_prune.errors import BudgetError, ShrinkError
 from lightning_prune.surgery.resize import Cut, read
 
@@ -69,6 +70,7 @@ class ChannelCallback(PruningCallback):
     def _shrink(self, network: Network, level: float, keep: Mapping[str, Tensor]) -> None:
         """Remove channels; where some cannot go after all, others go instead."""
         while True:
+            refuse_followers(network.followers.left_behind(network.graph.groups, keep))
             try:
                 self.follow(keep, network.shrink(keep, self.verify).cuts)
                 return

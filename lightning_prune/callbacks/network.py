@@ -12,6 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_prune.callbacks.followers import Followers
 from lightning_prune.callbacks.support import rewrap, shadows
 from lightning_prune.checkpoint import (
     leave_behind,
@@ -55,6 +56,7 @@ class Network:
         origin: Parameters and buffers as they once were, at their present sizes; empty until :meth:`remember`.
         tensors: Parameters and buffers by full name.
         original: Width of every group before any pruning.
+        followers: Parameters that seem to follow others outside of the training step.
         used: Names of the parameters and buffers that the runs of the trace have used.
         unused: Parameters that are trained, though none of these runs has used them.
         whole: Groups that turned out in this training to be impossible to cut any further, with their widths.
@@ -85,6 +87,7 @@ class Network:
         self.origin: dict[str, Tensor] = dict(record.get("origin", {}))
         self.weights = WeightMasks(record.get("weights", {}))
         self._used_late: set[str] = set()
+        self.followers = Followers(module, lambda: self.optimizers)
         self._trace()
         self.original = {**self.graph.widths, **self.original}
         self._mask(record.get("masks", {}))
@@ -294,9 +297,11 @@ class Network:
             shares = self.average(torch.tensor([float(name in blamed) for name in names]))
             return [name for name, share in zip(names, shares.tolist(), strict=True) if share > 0]
 
+        self.followers.moved()
         result = shrink(self.module, self.graph, keep, self.optimizers, verify, agree)
         if not result.cuts:
             return result
+        self.followers.take_down()
         for copy in shadows(self.module):
             tensors = {**named_leaves(copy), **loose_tensors(copy)}
             resize(tensors, {name: cuts for name, cuts in result.cuts.items() if name in tensors})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import astuple
 
 import torch
@@ -58,6 +58,24 @@ def refuse_own_averages(module: nn.Module, used: Container[str]) -> None:
                 f"cut. Use the callback lightning.pytorch.callbacks.WeightAveraging, whose average is cut along, or "
                 f"shrink='end'."
             )
+
+
+def refuse_followers(found: Mapping[str, str]) -> None:
+    """Refuse a cut that would take other channels of a parameter than of the one that it follows.
+
+    Args:
+        found: Names of such parameters, with those of what they follow.
+
+    Raises:
+        ConfigurationError: With the remedy.
+    """
+    for name, leader in found.items():
+        raise ConfigurationError(
+            f"{name} has moved in this fit though no optimizer has it, so it seems to follow {leader} outside of the "
+            f"training step (an average that a hook keeps?). {leader} is to lose channels that {name} would not lose. "
+            f"Update the one from the other in training_step, where it is seen; or use the callback "
+            f"lightning.pytorch.callbacks.WeightAveraging, whose average is cut along; or exclude {leader}."
+        )
 
 
 def length_of(trainer: Trainer) -> Position:

@@ -69,10 +69,9 @@ def select_weights(
     tensor may go: what that does to a channel depends on the rest of the network.
 
     With a pattern ``(n, m)``, such as ``(2, 4)``, every ``m`` consecutive weights along the input dimension form a
-    group: dimension 1, which in the weight of a convolution is flattened together with the kernel in the order input
-    channel, kernel row, kernel column. At ``remove = 1 - n / m`` every group keeps ``n`` weights, and below that,
-    on the way there, all groups keep the same number up to one: ``(1 - remove) * m`` rounded down or up. Who gets the
-    one more is for the scope to say.
+    group: dimension 1, so in the weight of a convolution the input channels at each place of the kernel. At
+    ``remove = 1 - n / m`` every group keeps ``n`` weights, and below that, on the way there, all groups keep the same
+    number up to one: ``(1 - remove) * m`` rounded down or up. Who gets the one more is for the scope to say.
 
     Args:
         scores: Scores of all weights, by full name of the tensor; higher = keep. Finite, comparable across tensors
@@ -258,15 +257,16 @@ def _in_groups(
     """Masks of the weights that the pattern keeps at least and at most."""
     size = pattern[1]
     shape = list(values.shape)
-    length = math.prod(shape[1:]) if len(shape) > 1 else 0
+    length = shape[1] if len(shape) > 1 else 0
     if length == 0 or length % size:
-        rows = f"its rows have {length} weights, no multiple of {size}" if length else "it has no rows to divide"
+        inputs = f"it has {length} inputs, no multiple of {size}" if length else "it has no inputs to divide"
         raise ConfigurationError(
-            f"{name!r} of shape {shape} cannot take a {pattern[0]}:{size} pattern: {rows}. Exclude it, or give the "
+            f"{name!r} of shape {shape} cannot take a {pattern[0]}:{size} pattern: {inputs}. Exclude it, or give the "
             "layer an input width that divides."
         )
-    groups = values.masked_fill(~alive, -math.inf).reshape(-1, size)
-    rank = groups.argsort(dim=1, stable=True).argsort(dim=1).view(values.shape)
+    inputs_last = values.masked_fill(~alive, -math.inf).movedim(1, -1)
+    by_group = inputs_last.reshape(-1, size).argsort(dim=1, stable=True).argsort(dim=1)
+    rank = by_group.view(inputs_last.shape).movedim(-1, 1)
     # Rounded, so that a 1:9 pattern does not end at 1.0000000000000004 per group, which would allow for 2.
     per_group = round((1 - remove) * size, 9)
     return (rank >= size - math.floor(per_group)) & alive, (rank >= size - math.ceil(per_group)) & alive

@@ -128,6 +128,22 @@ class PruningCallback(PruningMethod, Callback):
             )
         return self._report
 
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """Numbers of the units that are left of each channel group, in the order of before any pruning.
+
+        What is masked is not among them, and what has grown has the number of what it was copied from. They are those
+        after the latest round, also when the fit is over.
+
+        Raises:
+            ConfigurationError: Before a fit has begun.
+        """
+        if "positions" not in self._record:
+            raise ConfigurationError("there is no channel group before a fit with this callback has begun.")
+        positions: dict[str, Tensor] = self._record["positions"]
+        masks: dict[str, Tensor] = self._record["masks"]
+        return {n: units[masks[n]] if n in masks else units for n, units in positions.items()}
+
     # The lifecycle ---------------------------------------------------------------------------------------------------
 
     @override
@@ -137,7 +153,8 @@ class PruningCallback(PruningMethod, Callback):
             names = ", ".join(type(callback).__name__ for callback in deciding)
             raise ConfigurationError(
                 f"only one callback can decide what is pruned in a fit, but there are {len(deciding)}: {names}. Keep "
-                f"one of them, or fit once with each."
+                f"one of them, or fit once with each: channels first, as nothing keeps single weights off in a later "
+                f"fit."
             )
         if stage == "fit":
             refuse_unsupported(trainer, self.shrink != "never")
@@ -334,8 +351,8 @@ class PruningCallback(PruningMethod, Callback):
             if network.unused:
                 rank_zero_warn(
                     f"the runs that channels were found by did not use {listed(list(network.unused), 90)}. If a later "
-                    f"step does, what feeds them may be cut by then, and it fails: exclude that. If none does, nothing "
-                    f"is wrong."
+                    f"step does, what feeds them may be cut by then, and it fails: exclude that"
+                    f"{network.likely_feeders()}. If none does, nothing is wrong."
                 )
             self.prepare(network)
             if self._reinit.needs_origin:

@@ -19,6 +19,7 @@ from lightning_prune.callbacks.monitors import Monitors
 from lightning_prune.callbacks.naming import Patterns, as_patterns
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.repair import RepairingRounds, RepairName, checked_repair
+from lightning_prune.callbacks.support import warn_of_zeros
 from lightning_prune.choices import unknown_name
 from lightning_prune.compiled import uncompiled_name
 from lightning_prune.criteria import Criterion, CriterionName, RunCriterion, criterion_from, normalise
@@ -35,6 +36,8 @@ from lightning_prune.schedules import Schedule, ScheduleName
 from lightning_prune.text import listed
 
 Measure = Literal["channels", "params", "macs", "latency"]
+_TOLD = 4
+"""How many of the refusals an error tells."""
 
 
 class ChannelPruning(RepairingRounds):
@@ -52,7 +55,8 @@ class ChannelPruning(RepairingRounds):
             ``"apoz"`` (Hu et al., 2016), ``"hrank"`` (Lin et al., 2020), ``"chip"`` (Sui et al., 2021), ``"nisp"`` (Yu
             et al., 2018), ``"thinet"`` (Luo et al., 2017); or a
             :class:`~lightning_prune.Criterion`, such as an :class:`~lightning_prune.ActivationCriterion` of your own.
-        remove: Fraction to remove in all, in [0, 1); what is reached is the nearest to it that whole channels allow.
+        remove: Fraction to remove in all, in [0, 1). Whole channels go, in the order of their scores, until no other
+            number of them would come nearer to it.
         of: What it is a fraction of: ``"macs"``, ``"params"`` or ``"latency"`` (measured) of the whole network, or the
             ``"channels"`` of the groups that may be pruned. MACs and latency are those of ``forward`` on
             ``example_input_array`` where the module has one, else of the training step in evaluation mode, with all
@@ -155,6 +159,7 @@ class ChannelPruning(RepairingRounds):
     @override
     def prepare(self, network: Network) -> None:
         super().prepare(network)
+        warn_of_zeros(network.module)
         self._dense_latency = None
         self._check_patterns(network)
         for pattern, reason in network.graph.refused:
@@ -184,7 +189,7 @@ class ChannelPruning(RepairingRounds):
             try:
                 self._selection(network, even, 1.0)
             except BudgetError as problem:
-                raise _with_remedy(problem, network.graph.refused) from None
+                raise _explained(problem, network) from None
         if isinstance(self._criterion, RunCriterion):  # what it cannot score it should not say in the middle of the fit
             self._scores_of_runs(network, self._criterion, batches=1)
 
@@ -327,12 +332,17 @@ def _matches(group: ChannelGroup, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(path, pattern) for path in _makers(group) for pattern in patterns)
 
 
-def _with_remedy(problem: BudgetError, refused: Iterable[tuple[str, str]]) -> BudgetError:
-    """The same error, which also says so if approximate norms would let more channels go."""
+def _explained(problem: BudgetError, network: Network) -> BudgetError:
+    """The same error with the largest of what is refused, and whether approximate norms would let more go."""
+    refused = network.graph.refused
+    sizes = {name: tensor.numel() for name, tensor in network.tensors.items()}
+    largest = sorted(refused, key=lambda refusal: -sizes.get(refusal.path.partition(" ")[0], 0))[:_TOLD]
     streams = [path for path, reason in refused if reason.startswith(NORMALISED_OVER)]
-    if not streams:
-        return problem
-    return BudgetError(
-        f"{problem} Or let norms follow: with norms='approximate' channels that they take their statistics over may go "
-        f"too (here {listed(streams, 90)})."
+    remedy = (
+        f" Or let norms follow: with norms='approximate' channels that they take their statistics over may go too "
+        f"(here {listed(streams, 90)})."
+        if streams
+        else ""
     )
+    reasons = "; ".join(f"{path}: {reason}" for path, reason in largest)
+    return BudgetError(f"{problem}{remedy} Among what stays whole: {reasons}." if reasons else f"{problem}{remedy}")

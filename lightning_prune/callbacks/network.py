@@ -56,6 +56,7 @@ class Network:
         origin: Parameters and buffers as they once were, at their present sizes; empty until :meth:`remember`.
         tensors: Parameters and buffers by full name.
         original: Width of every group before any pruning.
+        positions: Which of these units are still there, by group name; those that are masked among them.
         followers: Parameters that seem to follow others outside of the training step.
         used: Names of the parameters and buffers that the runs of the trace have used.
         unused: Parameters that are trained, though none of these runs has used them.
@@ -90,6 +91,8 @@ class Network:
         self.followers = Followers(module, lambda: self.optimizers)
         self._trace()
         self.original = {**self.graph.widths, **self.original}
+        whole = {name: torch.arange(width) for name, width in self.original.items()}
+        self.positions: dict[str, Tensor] = {**whole, **record.get("positions", {})}
         self._mask(record.get("masks", {}))
 
     def _trace(self) -> None:
@@ -111,6 +114,12 @@ class Network:
             for name, parameter in self.module.named_parameters()
             if name not in self.used and parameter.requires_grad and id(parameter) in trained
         }
+
+    def likely_feeders(self) -> str:
+        """The groups as wide as parameters that no run has used take their inputs, in brackets, for a message."""
+        widths = {parameter.shape[1] for parameter in self.unused.values() if parameter.dim() > 1}
+        names = [name for name, width in self.graph.widths.items() if width in widths]
+        return f" (by its width it may be {listed(names, 60)})" if names else ""
 
     def _reason(self, name: str) -> str:
         late = name not in self.original
@@ -150,6 +159,7 @@ class Network:
         tensors = {**self.tensors, **loose_tensors(self.module)}
         return {
             "original": dict(self.original),
+            "positions": dict(self.positions),
             "masks": {name: mask.clone() for name, mask in self.masks.keep.items()},
             "weights": self.weights.state_dict(),
             "origin": {name: value.clone() for name, value in self.origin.items()},
@@ -310,6 +320,8 @@ class Network:
         self.origin.update({n: read(self.origin[n], axes) for n, axes in result.cuts.items() if n in self.origin})
         kept = self.graph.widths
         kept.update({name: int(torch.ones(kept[name])[units].sum()) for name, units in keep.items()})
+        left = {name: self.positions[name][units] for name, units in keep.items() if name in self.positions}
+        self.positions.update(left)
         self.follow_resize(before, result.settings, result.cuts)
         # What the smaller network does not let go any more is as wide as it was left.
         self.whole.update({n: width for n, width in kept.items() if width > 1 and n not in self.graph.groups})

@@ -14,7 +14,7 @@ from lightning_prune.callbacks.network import Network
 from lightning_prune.report import GroupWidth, PruneReport, Request, Round, Totals
 
 _NEAR = 0.005
-"""How far below what was requested a fraction may be without a remark."""
+"""How far from what was requested a fraction may be without a remark."""
 
 _METRICS = {"removed": "max", "channels": "min", "parameters": "min", "macs": "min"}
 """Numbers to log, and how values of one epoch are reduced so that the last one stays: a network never grows."""
@@ -41,26 +41,33 @@ def make_report(
 ) -> PruneReport:
     """The report of a fit that has ended, with what the method itself has to remark."""
     kept = network.widths()
+    before, after = Totals(**record["before"]), network.totals()
+    reached = float(record["now"]["removed"])
+    if requested.measure == "latency" and record["rounds"] and before.latency_seconds and after.latency_seconds:
+        reached = 1 - after.latency_seconds / before.latency_seconds  # as the table says; each measurement is another
     return PruneReport(
         groups=tuple(GroupWidth(name, width, kept[name]) for name, width in network.original.items()),
-        before=Totals(**record["before"]),
-        after=network.totals(),
+        before=before,
+        after=after,
         requested=requested,
-        reached=record["now"]["removed"],
+        reached=reached,
         refused=tuple(network.graph.refused),
-        notes=(*notes, *_notes(record, network, requested)),
+        notes=(*notes, *_notes(record, network, requested, reached)),
         weights=tuple(GroupWidth(name, record["eligible"][name], kept) for name, kept in network.weights.kept.items()),
         history=tuple(Round(int(epoch), int(step), float(share)) for epoch, step, share in record["rounds"]),
     )
 
 
-def _notes(record: Mapping[str, Any], network: Network, requested: Request) -> list[str]:
+def _notes(record: Mapping[str, Any], network: Network, requested: Request, reached: float) -> list[str]:
     notes = []
-    short = requested.fraction - record["now"]["removed"]
-    if record["level"] >= 1 and requested.measure not in ("latency", "weights") and short > _NEAR:
+    apart = abs(reached - requested.fraction)
+    if record["level"] >= 1 and requested.measure == "latency" and apart > _NEAR:
+        notes.append(f"{apart:.1%} from what was requested: latency is measured, at each choice anew")
+    elif record["level"] >= 1 and requested.measure != "weights" and apart > _NEAR:
         notes.append(
-            f"{short:.1%} less than requested: whole channels, round_to, min_channels and what had to stay whole allow "
-            f"no nearer value"
+            f"{apart:.1%} {'less' if reached < requested.fraction else 'more'} than requested: whole channels go, in "
+            f"the order of their scores, as round_to, min_channels and what had to stay whole let them, and none of an "
+            f"earlier round comes back"
         )
     if record["level"] < 1 and (network.graph.groups or network.weights.keep):
         notes.append("the fit ended before the last round of the schedule, so the budget was not reached")

@@ -20,6 +20,9 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.schedules import Position, Schedule
 
+_MANY_ZEROS = 0.1
+"""Share of zeros that does not come about by chance."""
+
 
 def refuse_unsupported(trainer: Trainer, shrinks: bool) -> None:
     """Refuse strategies under which a network cannot change its shape.
@@ -58,6 +61,20 @@ def refuse_own_averages(module: nn.Module, used: Container[str]) -> None:
                 f"cut. Use the callback lightning.pytorch.callbacks.WeightAveraging, whose average is cut along, or "
                 f"shrink='end'."
             )
+
+
+def warn_of_zeros(module: nn.Module) -> None:
+    """Warn of weights that are zero one by one, as nothing keeps them so."""
+    weights = [p.detach() for p in module.parameters() if p.dim() > 1 and p.is_floating_point()]
+    zeros = [int((weight == 0).sum()) for weight in weights]
+    # Tensors of nothing but zeros are such as begin at zero.
+    scattered = sum(count for count, weight in zip(zeros, weights, strict=True) if count < weight.numel())
+    share = scattered / max(sum(weight.numel() for weight in weights), 1)
+    if share > _MANY_ZEROS:
+        rank_zero_warn(
+            f"{share:.0%} of the weights are zero one by one, as pruning of single weights leaves them. Nothing keeps "
+            f"them so in this fit. Remove channels in a fit before, and single weights in the last."
+        )
 
 
 def refuse_followers(found: Mapping[str, str]) -> None:

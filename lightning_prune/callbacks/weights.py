@@ -18,6 +18,7 @@ from lightning_prune.criteria.weights import (
     WatchingCriterion,
     WeightCriterion,
     WeightCriterionName,
+    checked_scores,
     weight_criterion_from,
 )
 from lightning_prune.probe.source import ProbeSource
@@ -48,7 +49,8 @@ class WeightPruning(PruningCallback):
             all parameters of two or more dimensions.
         exclude: Patterns of those whose weights stay.
         floor: Least share (or number) of weights that each tensor keeps.
-        pattern: ``(n, m)``: of every ``m`` neighbours along the input dimension at most ``n`` stay.
+        pattern: ``(n, m)``: of every ``m`` neighbours along the input dimension at most ``n`` stay; of a convolution
+            that is among the input channels at each place of the kernel.
         reinit: What becomes of the weights after each round, as for :class:`~lightning_prune.ChannelPruning`.
         shrink: Remove dead channels physically when training ends (``"end"``) or not at all (``"never"``).
         verify: Whether that removal is compared with the masked network, and undone if it differs.
@@ -123,7 +125,9 @@ class WeightPruning(PruningCallback):
         for kept in self._steps(1 - self.removed(network), 1 - self.remove * level):
             weights = self._weights(network)
             source = ProbeSource(network.probe, weights, network.average, self._watched)
-            scores = self._criterion.score(weights, source, self.generator("criterion"))
+            scores = checked_scores(
+                self._criterion, weights, self._criterion.score(weights, source, self.generator("criterion"))
+            )
             averaged = {name: network.average(score.to_dense()) for name, score in scores.items()}
             network.weights.set(network.broadcast(self._reduced(network, averaged, kept)), network.tensors)
             network.hold_masks()

@@ -48,5 +48,7 @@ def grow(network: Network, names: Iterable[str], expand: float, noise: float, ge
     for copy in shadows(network.module):
         result.widening.apply({**named_leaves(copy), **loose_tensors(copy)}, 0.0, generator)
         write_settings(copy, result.settings)
+    copied = {name: network.positions[name].repeat_interleave(copies[name].cpu()) for name in grown}
+    network.positions.update(copied)
     network.follow_resize(before, result.settings, result.widening.cuts)
     return grown

@@ -114,8 +114,13 @@ def checked_score(group: ChannelGroup, score: Tensor) -> Tensor:
     """The scores of a group, one per unit.
 
     Raises:
-        PruneError: If they are more or fewer.
+        PruneError: If they are no tensor, or more or fewer.
     """
+    if not isinstance(score, Tensor):
+        raise PruneError(
+            f"the scores of channel group {group.name!r} are of type {type(score).__name__}. A criterion must return a "
+            f"tensor of shape [{group.width}], one score per unit."
+        )
     if score.shape != (group.width,):
         raise PruneError(
             f"channel group {group.name!r} has {group.width} units, but its scores have shape {list(score.shape)}. A "
@@ -145,9 +150,10 @@ def entries(slots: Iterable[Slot], tensors: Mapping[str, Tensor]) -> Tensor:
     parts = []
     for slot in slots:
         if slot.tensor not in tensors:
+            without = "" if tensors else " None were taken: for that the criterion needs batches of at least 1."
             raise PruneError(
-                f"cannot score {slot.tensor!r}: there is no value or gradient for it. Exclude the channel group that "
-                'owns it, or use a criterion that looks at weights only, such as "l2".'
+                f"cannot score {slot.tensor!r}: there is no value or gradient for it.{without} Exclude the channel "
+                'group that owns it, or use a criterion that looks at weights only, such as "l2".'
             )
         part = slot.gather(tensors[slot.tensor].detach())
         parts.append(part.to(torch.promote_types(part.dtype, torch.float32)))

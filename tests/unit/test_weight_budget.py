@@ -182,14 +182,15 @@ def test_a_pattern_keeps_the_best_of_every_group() -> None:
     assert kept(masks)["fc"] == [3, 4, 11, 13]
 
 
-def test_groups_of_a_convolution_run_over_channel_then_kernel() -> None:
-    weight = torch.zeros(2, 2, 1, 2)
-    # Neighbours within one output: [channel 0, column 0], [channel 0, column 1], [channel 1, column 0], ...
-    weight[0, 0, 0, 1], weight[0, 1, 0, 0] = 1, 2
-    weight[1, 0, 0, 0], weight[1, 1, 0, 1] = 3, 4
+def test_groups_of_a_convolution_are_input_channels_at_each_place_of_the_kernel() -> None:
+    weight = torch.zeros(1, 4, 1, 2)
+    weight[0, :, 0, 0] = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    weight[0, :, 0, 1] = torch.tensor([5.0, 6.0, 7.0, 8.0])
     mask = select_weights({"conv": weight}, {}, remove=0.5, pattern=(2, 4))["conv"]
-    assert torch.equal(mask, weight > 0)
-    assert kept(select_weights({"conv": weight}, {}, remove=0.5, pattern=(1, 2)))["conv"] == [1, 2, 4, 7]
+    assert mask[0, :, 0, 0].tolist() == [True, True, False, False]
+    assert mask[0, :, 0, 1].tolist() == [False, False, True, True]
+    mask = select_weights({"conv": weight}, {}, remove=0.5, pattern=(1, 2))["conv"]
+    assert mask[0, :, 0, 0].tolist() == [True, False, True, False]
 
 
 def test_on_the_way_to_a_pattern_groups_differ_by_one_at_most() -> None:
@@ -202,10 +203,10 @@ def test_on_the_way_to_a_pattern_groups_differ_by_one_at_most() -> None:
 
 
 def test_a_pattern_ends_the_same_in_every_scope_and_on_thirds() -> None:
-    scores = {"a": torch.rand(4, 6), "b": torch.rand(2, 3, 3)}
+    scores = {"a": torch.rand(4, 6), "b": torch.rand(2, 3, 5)}
     for scope in ("global", "layer", "erk"):
         masks = select_weights(scores, {}, remove=2 / 3, scope=scope, pattern=(1, 3))
-        assert all(bool((mask.reshape(-1, 3).sum(1) == 1).all()) for mask in masks.values())
+        assert all(bool((mask.movedim(1, -1).reshape(-1, 3).sum(1) == 1).all()) for mask in masks.values())
 
 
 def test_a_group_with_nothing_left_does_not_let_others_exceed_the_pattern() -> None:
@@ -218,9 +219,9 @@ def test_a_group_with_nothing_left_does_not_let_others_exceed_the_pattern() -> N
 @pytest.mark.parametrize(
     ("shape", "why"),
     [
-        ((3, 6), r"its rows have 6 weights, no multiple of 4"),
-        ((8, 3, 3, 3), r"its rows have 27 weights, no multiple of 4"),
-        ((8,), r"it has no rows to divide"),
+        ((3, 6), r"it has 6 inputs, no multiple of 4"),
+        ((8, 3, 3, 3), r"it has 3 inputs, no multiple of 4"),
+        ((8,), r"it has no inputs to divide"),
     ],
 )
 def test_a_shape_that_does_not_divide_is_refused_by_name(shape, why) -> None:
@@ -383,7 +384,7 @@ def test_global_scope_agrees_with_sorting_everything(data) -> None:
 def test_every_round_of_a_schedule_is_exact(data) -> None:
     """Round after round on new scores: nothing that went comes back, and still each round keeps the right number."""
     pattern = data.draw(st.sampled_from([None, (2, 4), (1, 4), (3, 4), (1, 2)]))
-    shapes = data.draw(SHAPES) if pattern is None else [(3, 4), (2, 3, 2, 2), (8, 8)][: data.draw(st.integers(1, 3))]
+    shapes = data.draw(SHAPES) if pattern is None else [(3, 4), (2, 4, 2, 2), (8, 8)][: data.draw(st.integers(1, 3))]
     end = 0.8 if pattern is None else 1 - pattern[0] / pattern[1]
     scope = data.draw(SCOPES)
     keep: dict[str, Tensor] = {}
@@ -396,7 +397,8 @@ def test_every_round_of_a_schedule_is_exact(data) -> None:
         assert sum(counts(masks).values()) == round((1 - level * end) * total)
         assert all(not (mask & ~keep.get(name, mask)).any() for name, mask in masks.items())
         if pattern is not None:
-            per_group = torch.cat([mask.flatten(1).reshape(-1, pattern[1]).sum(1) for mask in masks.values()])
+            inputs_last = [mask.movedim(1, -1).reshape(-1, pattern[1]) for mask in masks.values()]
+            per_group = torch.cat([group.sum(1) for group in inputs_last])
             exact = (1 - level * end) * pattern[1]
             assert math.floor(exact + 1e-6) <= int(per_group.min())
             assert int(per_group.max()) <= max(math.ceil(exact - 1e-6), pattern[0])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from lightning_prune.choices import chosen
-from lightning_prune.criteria.weights.base import WatchingCriterion, WeightCriterion, WeightSource
+from lightning_prune.criteria.weights.base import WatchingCriterion, WeightCriterion, WeightSource, checked_scores
 from lightning_prune.criteria.weights.gradients import SNIP, GraSP
 from lightning_prune.criteria.weights.movement import Movement
 from lightning_prune.criteria.weights.plain import LAMP, Magnitude, RandomWeights
@@ -53,5 +53,6 @@ __all__ = [
     "WeightCriterion",
     "WeightCriterionName",
     "WeightSource",
+    "checked_scores",
     "weight_criterion_from",
 ]

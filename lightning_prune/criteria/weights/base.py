@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_prune.errors import ConfigurationError
+from lightning_prune.errors import ConfigurationError, PruneError
+from lightning_prune.text import listed
 from lightning_prune.weight_budget import Scope
 
 
@@ -125,6 +126,31 @@ class WatchingCriterion(WeightCriterion):
             watched: Where to keep what is seen, a tensor of the weight's shape by its full name; saved in checkpoints,
                 and handed to :meth:`score` by ``source.watched``.
         """
+
+
+def checked_scores(
+    criterion: WeightCriterion, weights: Mapping[str, Tensor], scores: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The scores that a criterion has given, for all weights and of their shapes.
+
+    Raises:
+        PruneError: If they are not.
+    """
+    name = type(criterion).__name__
+    if missing := [weight for weight in weights if weight not in scores]:
+        raise PruneError(
+            f"{name} has given no scores of {listed(missing, 90)}. A criterion must score every weight that it is "
+            f"asked about; exclude those that it cannot."
+        )
+    for weight, value in weights.items():
+        score = scores[weight]
+        if not isinstance(score, Tensor) or score.shape != value.shape:
+            found = f"shape {list(score.shape)}" if isinstance(score, Tensor) else f"type {type(score).__name__}"
+            raise PruneError(
+                f"the scores of {weight!r} by {name} are of {found}. A criterion must return tensors of the weights' "
+                f"shapes, here {list(value.shape)}."
+            )
+    return {weight: scores[weight] for weight in weights}
 
 
 def precise(tensor: Tensor) -> Tensor:

@@ -12,8 +12,10 @@ from lightning_prune.callbacks.dsd import DSD
 from lightning_prune.callbacks.dynamic_surgery import DynamicNetworkSurgery
 from lightning_prune.callbacks.edge_popup import EdgePopup
 from lightning_prune.callbacks.evolution import EvolutionarySearch
+from lightning_prune.callbacks.groups import ChannelCallback
 from lightning_prune.callbacks.grow_and_prune import GrowAndPrune
 from lightning_prune.callbacks.growing_regularisation import GReg
+from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.prob_mask import ProbMask
 from lightning_prune.callbacks.regularised import RegularisedPruning
 from lightning_prune.callbacks.rigl import RigL
@@ -84,6 +86,7 @@ __all__ = [
     "BayesianPruning",
     "BudgetError",
     "Call",
+    "ChannelCallback",
     "ChannelGraph",
     "ChannelGroup",
     "ChannelLotteryTicket",
@@ -120,6 +123,7 @@ __all__ = [
     "LotteryTicket",
     "Magnitude",
     "Movement",
+    "Network",
     "Norm",
     "OneShot",
     "ParticleSwarm",

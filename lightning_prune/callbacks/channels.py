@@ -205,7 +205,12 @@ class ChannelPruning(RepairingRounds):
             self._latencies.clear()
             left = 1 - self._record["now"]["removed"]
             self._dense_latency = self._cost(network)(network.masks.widths) / left
-        scores = self._scores(network)
+        scores = self.scores(network)
+        if missing := [name for name in self._eligible(network) if name not in scores]:
+            raise PruneError(
+                f"{type(self).__name__}.scores has given none for {listed(missing, 90)}. It must score every channel "
+                f"group that may be pruned."
+            )
         unknown = self._without_gradients(scores)
         if self.scope == "global" and self._criterion.normalised:
             scores = {name: normalise(score, network.masks.keep[name]) for name, score in scores.items()}
@@ -235,8 +240,17 @@ class ChannelPruning(RepairingRounds):
         dense = self._dense_cost()
         return 1 - self._cost(network)(network.masks.widths) / dense if dense > 0 else 0.0
 
-    def _scores(self, network: Network) -> dict[str, Tensor]:
-        """Scores of all groups that may be cut, the same in all processes."""
+    def scores(self, network: Network) -> dict[str, Tensor]:
+        """Score all groups that may be pruned; what a method of its own may do in another way.
+
+        Args:
+            network: The network as it is.
+
+        Returns:
+            For each such group (others are passed over) scores of shape ``[units]``, the same in all processes; finite,
+            higher = keep. With ``scope="global"`` they are divided by their mean over the group, if the criterion says
+            so.
+        """
         if isinstance(self._criterion, RunCriterion):
             found = self._scores_of_runs(network, self._criterion, self._criterion.batches)
             return {name: network.average(score) for name, score in found.items()}

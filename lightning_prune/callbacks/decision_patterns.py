@@ -102,7 +102,7 @@ class DecisionPatternPruning(WidthSearching):
         return keep
 
     @override
-    def _scores(self, network: Network) -> dict[str, Tensor]:
+    def scores(self, network: Network) -> dict[str, Tensor]:
         found = signatures_of(network.graph, network.probe.evaluations, self._eligible(network), self._mining)
         self._mining.check(float(network.average(torch.tensor(float(len(found.predictions))))))
         scores = {}

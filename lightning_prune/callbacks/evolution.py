@@ -84,7 +84,7 @@ class EvolutionarySearch(ChannelPruning):
     @override
     def select(self, network: Network, level: float) -> dict[str, Tensor]:
         start, batches = time.perf_counter(), network.probe.batches(self.batches)
-        alone, scores, alive = super().select(network, level), self._scores(network), network.masks.keep
+        alone, scores, alive = super().select(network, level), self.scores(network), network.masks.keep
         values = {name: score.cpu().masked_fill(~alive[name], -torch.inf) for name, score in scores.items()}
         places = {name: value.argsort(descending=True, stable=True).argsort() for name, value in values.items()}
         losses: dict[tuple[int, ...], float] = {}

@@ -48,7 +48,7 @@ class HandingOver(PhasedPruning):
         ridge = self.ridge if self.reparameterise else None
         found = evidence_of(self._readers, network.tensors, names, draw, ridge)
         if any(name not in found for name in names):
-            found = self._scores(network) | found
+            found = self.scores(network) | found
         return {name: normalise(found[name], network.masks.keep[name]).cpu() for name in names}
 
     @override

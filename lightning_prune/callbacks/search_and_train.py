@@ -144,7 +144,7 @@ class SearchAndTrain(SubnetPruning):
         if share < 0 or not self.under_way(network):
             return
         if not self.searching:
-            self._search.begin(self._scores(network))
+            self._search.begin(self.scores(network))
         subnet = self._subnet or self.open(network)
         iteration = min(math.floor(share * self._times + 1e-9), self._times - 1)
         if iteration != self.learnt["iteration"]:

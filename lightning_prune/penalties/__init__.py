@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from lightning_prune.choices import chosen
-from lightning_prune.penalties.base import ChannelPenalty, Step, add_decay, learning_rates
+from lightning_prune.penalties.base import ChannelPenalty, Step, add_decay, add_gradient, learning_rates, write
 from lightning_prune.penalties.groups import GroupLasso, GroupNormDecay
 from lightning_prune.penalties.growth import Growth
 from lightning_prune.penalties.scales import BatchNormISTA, Slimming
@@ -44,6 +44,8 @@ __all__ = [
     "Slimming",
     "Step",
     "add_decay",
+    "add_gradient",
     "learning_rates",
     "penalty_from",
+    "write",
 ]

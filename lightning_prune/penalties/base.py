@@ -41,6 +41,7 @@ class ChannelPenalty(ABC):
 
     A penalty may add to the gradients before a step, or move the weights after it (a proximal step), or both. It keeps
     no state of its own. Under DDP it finds the same gradients and weights in all processes, and must do the same.
+    ``lightning_prune.penalties`` has ``add_gradient`` and ``write`` for its use.
 
     Example:
         >>> class Decay(ChannelPenalty):

@@ -36,9 +36,9 @@ STOPPED = BATCHES // 2 + 1  # in the middle of an epoch
 class Observed(ChannelPruning):
     """Keeps the scores it computed."""
 
-    def _scores(self, network):
-        self.scores = super()._scores(network)
-        return self.scores
+    def scores(self, network):
+        self.seen_scores = super().scores(network)
+        return self.seen_scores
 
 
 class Stubborn(Observed):
@@ -93,7 +93,12 @@ def resumed(name, folder, **arguments):
     fit(name, saving, enable_checkpointing=True, strategy="ddp", devices=2)
     file = Path(folder) / f"{name}-step={STOPPED}.ckpt"
     module, pruning, diary, _ = fit(name, seed=5, resume_from=file, strategy="ddp", devices=2)
-    return {"pages": diary.pages, "widths": widths(module), "weights": module.state_dict(), "scores": pruning.scores}
+    return {
+        "pages": diary.pages,
+        "widths": widths(module),
+        "weights": module.state_dict(),
+        "scores": pruning.seen_scores,
+    }
 
 
 def uneven_latency(probe):
@@ -109,7 +114,7 @@ def main(folder):
         module, pruning, diary, used = fit(name, strategy=DDPStrategy(**REDUCERS.get(name, {})), devices=2)
         assert used.world_size == 2
         result = {"pages": diary.pages, "widths": widths(module), "weights": module.state_dict()}
-        result["scores"] = pruning.scores
+        result["scores"] = pruning.seen_scores
         result["history"] = [list(entry) for entry in pruning.report.history]
         torch.save(result, Path(folder) / f"{name}-{used.global_rank}.pt")
         if name in RESUMED:

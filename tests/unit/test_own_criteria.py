@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from lightning_prune import (
     ChannelPruning,
     ConfigurationError,
     Criterion,
+    Linear,
     OneShot,
     PruneError,
     WeightCriterion,
@@ -80,3 +83,24 @@ def test_no_warning_of_tensors_that_begin_at_zero(recwarn):
     torch.nn.init.zeros_(module.net[3].project.weight)
     fit(ChannelPruning(remove=0.3, schedule=OneShot(1, "step")), module=module)
     assert not [warning for warning in recwarn if "one by one" in str(warning.message)]
+
+
+class Halves(ChannelPruning):
+    def scores(self, network):
+        return {name: torch.arange(group.width) for name, group in list(network.graph.groups.items())[1:]}
+
+
+def test_scores_of_a_method_of_ones_own_are_checked():
+    with pytest.raises(PruneError, match=r"Halves\.scores has given none for net\.0\. It must score every"):
+        fit(Halves(remove=0.5, schedule=OneShot(1, "step")))
+
+
+def test_the_method_of_the_readme(tmp_path):
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    code = next(part for part in text.split("```python\n") if "class SteadyNorms" in part).partition("```")[0]
+    found = {}
+    exec(code, found)
+    callback = found["SteadyNorms"](remove=0.5, of="channels", schedule=Linear(2, 10, 4, "step"))
+    assert fit(callback, default_root_dir=tmp_path) is not None
+    assert callback.report.reached == pytest.approx(0.5, abs=0.03)
+    assert [len(norms) for norms in callback.per_unit["norms"].values()] == [g.after for g in callback.report.groups]

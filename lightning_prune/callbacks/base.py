@@ -348,6 +348,9 @@ class PruningCallback(PruningMethod, Callback):
         else:
             if self.shrink == "rounds":
                 refuse_own_averages(network.module, network.used)
+            for name, reason in network.graph.refused:
+                if name.startswith("validation_step"):
+                    rank_zero_warn(f"{name} {reason}: what it alone hands out may be cut; exclude that")
             if network.unused:
                 rank_zero_warn(
                     f"the runs that channels were found by did not use {listed(list(network.unused), 90)}. If a later "

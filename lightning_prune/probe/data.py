@@ -12,6 +12,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
@@ -39,8 +40,34 @@ def fresh_batches(trainer: Trainer, pl_module: LightningModule, count: int, seed
     Raises:
         NoBatchError: If there is no training loader, or one that only an iteration could read.
     """
-    loaders, mode = _training_loaders(trainer, pl_module)
-    combined = CombinedLoader(loaders, mode)
+    yield from _prepared(trainer, pl_module, CombinedLoader(*_training_loaders(trainer, pl_module)), count, seed)
+
+
+def validation_batch(trainer: Trainer, pl_module: LightningModule, seed: int) -> Any:
+    """One shuffled batch of a new loader over the data of the first validation loader, on the right device.
+
+    Args:
+        trainer: The Trainer in use.
+        pl_module: Its module.
+        seed: Seed of the shuffling.
+
+    Raises:
+        NoBatchError: If there is none, or one that only an iteration could read.
+    """
+    loaders: Any = trainer.val_dataloaders
+    if loaders is None and is_overridden("val_dataloader", source := _source_of_data(trainer, pl_module)):
+        loaders = source.val_dataloader()
+    if loaders is None:
+        raise NoBatchError("the Trainer has no validation loader")
+    combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "sequential")
+    for batch in _prepared(trainer, pl_module, CombinedLoader(combined.iterables, combined._mode), 1, seed):
+        return batch
+    raise NoBatchError("the validation loader is empty")
+
+
+def _prepared(
+    trainer: Trainer, pl_module: LightningModule, combined: CombinedLoader, count: int, seed: int
+) -> Iterator[Any]:
     combined.flattened = [_rebuilt(loader, count, seed) for loader in combined.flattened]
     for batch, _, _ in islice(combined, count):
         converted = trainer.precision_plugin.convert_input(batch)
@@ -53,14 +80,17 @@ def _training_loaders(trainer: Trainer, pl_module: LightningModule) -> tuple[Any
     loaders: Any = trainer.train_dataloader
     mode = getattr(getattr(trainer.fit_loop, "_combined_loader", None), "_mode", None)
     if loaders is None:
-        source = pl_module if trainer.datamodule is None else trainer.datamodule  # type: ignore[attr-defined]
         try:
-            loaders = source.train_dataloader()
+            loaders = _source_of_data(trainer, pl_module).train_dataloader()
         except MisconfigurationException as error:
             raise NoBatchError("the Trainer has no training loader yet") from error
     if isinstance(loaders, CombinedLoader):
         loaders, mode = loaders.iterables, loaders._mode
     return loaders, mode or "max_size_cycle"
+
+
+def _source_of_data(trainer: Trainer, pl_module: LightningModule) -> Any:
+    return pl_module if trainer.datamodule is None else trainer.datamodule  # type: ignore[attr-defined]
 
 
 def _rebuilt(loader: Any, count: int, seed: int) -> DataLoader[Any]:

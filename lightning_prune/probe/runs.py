@@ -23,7 +23,7 @@ from lightning_prune.graph.observation import is_exact, unobserved
 from lightning_prune.graph.program import Program, copied, count_samples
 from lightning_prune.probe.backward import NoBackward
 from lightning_prune.probe.counting import OperatorCount, TooManyOperatorsError
-from lightning_prune.probe.data import NoBatchError, fresh_batches
+from lightning_prune.probe.data import NoBatchError, fresh_batches, validation_batch
 from lightning_prune.probe.sandbox import Record, sandbox
 
 SEED = 20
@@ -34,11 +34,13 @@ _PRECISION = {
     "validation_step": "val_step_context",
     "predict_step": "predict_step_context",
 }
+_NONE_WORKS = -1
 _MOST_TIMES = 20
 """How many times as long as the training step something else may take and still be looked at, in operators."""
 _STEP_REMEDY = (
     "The traceback above shows the line. While pruning, this runs on single batches at any point of the fit; it has to "
-    "work on every training batch and may not count on what was run before."
+    "work on every training batch and may not count on what was run before. If channels have gone since, it may use "
+    "what no run had used until then: exclude what feeds that."
 )
 _EXAMPLE_REMEDY = (
     "It was called with `example_input_array`: make that fit `forward` (a tensor, a tuple of arguments or a dict of "
@@ -60,7 +62,7 @@ class Runs:
         self._module = pl_module
         self._observed: deque[Any] = deque(maxlen=cache)
         self._fixed: list[Any] = []
-        self._others: dict[str, int] | None = None
+        self._others: dict[str, tuple[int, Any]] | None = None
 
     def observe(self, batch: Any) -> None:
         """Remember a batch of the running training, as ``on_train_batch_start`` gets it."""
@@ -189,20 +191,38 @@ class Runs:
             except PruneError:  # the training step itself fails, which is for those to say who run it
                 self._others = {}
         return [
-            self._program(name, False, partial(self._call, name, place, batch), batch, _STEP_REMEDY, restricts=True)
-            for name, place in self._others.items()
+            self._program(name, False, partial(self._call, name, place, data), data, _STEP_REMEDY, restricts=True)
+            for name, (place, own) in self._others.items()
+            for data in [batch if own is None else own]
         ]
 
-    def _find_others(self, batch: Any) -> dict[str, int]:
-        """What else hands something out, with the number of the way to call it."""
+    def _find_others(self, batch: Any) -> dict[str, tuple[int, Any]]:
+        """What else hands something out, with the number of the way to call it, and data if it needs its own."""
         wanted = [name for name in _PRECISION if is_overridden(name, self._module)]
         if not wanted:
             return {}
         operators, calls_forward = self._training_at_a_glance(batch)
         if "forward" in wanted and (calls_forward or self._module.example_input_array is not None):
             wanted.remove("forward")
-        found = {name: self._way_to_call(name, batch, _MOST_TIMES * operators) for name in wanted}
-        return {name: place for name, place in found.items() if place is not None}
+        found: dict[str, tuple[int, Any]] = {}
+        for name in wanted:
+            place, own = self._way_to_call(name, batch, _MOST_TIMES * operators), None
+            if place == _NONE_WORKS and name == "validation_step":
+                own = self._validation_batch()
+                place = place if own is None else self._way_to_call(name, own, _MOST_TIMES * operators)
+            if place is not None:
+                found[name] = max(place, 0), own
+        return found
+
+    def _validation_batch(self) -> Any:
+        """A real batch of validation; None if there is none to be had without moving a loader."""
+        if self._trainer is None or not self._trainer.limit_val_batches:
+            return None
+        try:
+            with self._sandbox("reading the validation data", False), torch.no_grad():
+                return validation_batch(self._trainer, self._module, SEED + self._trainer.global_rank)
+        except PruneError:
+            return None
 
     def _training_at_a_glance(self, batch: Any) -> tuple[int, bool]:
         """How many operators the training step executes, and whether it calls ``forward``."""
@@ -212,7 +232,7 @@ class Runs:
         return count.total, "forward" in record.outputs
 
     def _way_to_call(self, name: str, batch: Any, most: int) -> int | None:
-        """Number of the first way that works of calling something with a batch, or 0; None for what takes too long."""
+        """Number of the first way that works of calling something with a batch; None for what takes too long."""
         for place in range(len(_arguments(name, batch))):
             try:
                 count = OperatorCount(most)
@@ -227,7 +247,7 @@ class Runs:
             except PruneError:
                 continue
             return place
-        return 0
+        return _NONE_WORKS
 
     def _call(self, name: str, place: int, batch: Any) -> Any:
         called = self._module if name == "forward" else getattr(self._module, name)

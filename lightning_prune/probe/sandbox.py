@@ -160,6 +160,8 @@ def _watch_outputs(stack: ExitStack, pl_module: LightningModule, record: Record)
         return watch
 
     for name, module in [("forward", pl_module), *called_children(pl_module)]:
+        if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+            continue
         stack.callback(module.register_forward_hook(watcher(name)).remove)
 
 

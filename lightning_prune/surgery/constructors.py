@@ -7,6 +7,7 @@ meta device, with one integer doubled at a time, shows which dimension of which 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -161,7 +162,9 @@ def _scaled(arguments: Mapping[str, Any], argument: Argument, ratio: Fraction) -
 
 def _built_shapes(kind: type[nn.Module], arguments: Mapping[str, Any]) -> Shapes | None:
     try:
-        return _own_shapes(kind(**arguments))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a module that nobody uses
+            return _own_shapes(kind(**arguments))
     except Exception:  # a constructor of the user's may refuse anything; then it tells us nothing
         return None
 

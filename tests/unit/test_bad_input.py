@@ -217,3 +217,18 @@ def test_a_training_step_that_fails():
 def test_a_report_before_any_fit():
     with pytest.raises(ConfigurationError, match="there is no report"):
         _ = pruning().report
+
+
+def test_a_scripted_part_stays_whole(tmp_path):
+    class Scripted(SmallNet):
+        def __init__(self):
+            super().__init__()
+            self.scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3)))
+
+        def forward(self, x):
+            return self.scripted(super().forward(x))
+
+    callback = pruning()
+    module, _ = fit(callback, module=Scripted())
+    assert module.net[0].out_channels < 12
+    assert module(torch.zeros(2, 2, 6, 6)).shape == (2, 3)

@@ -201,3 +201,29 @@ def test_a_fit_is_not_resumed_by_another_method(tmp_path, other):
     name = re.escape(type(other).__name__)
     with pytest.raises(ConfigurationError, match=f"that ChannelPruning has written, but has {name} for a callback"):
         trainer(other, epochs=3).fit(small_net(), loader(), ckpt_path=tmp_path / f"step={BATCHES + 3}.ckpt")
+
+
+class OtherBatches(Validation):
+    """Is validated on batches of another kind than those of training."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("ninth", self.encoder(batch["images"])[:, 9].mean())
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+@pytest.mark.parametrize("own_loader", [True, False])
+def test_validation_steps_are_looked_at_on_batches_of_their_own(sanity, own_loader):
+    held_out = torch.utils.data.DataLoader([{"images": torch.randn(2, 6, 6)} for _ in range(8)], batch_size=4)
+    module, how = OtherBatches(), {"epochs": 2, "num_sanity_val_steps": sanity}
+    if own_loader:
+        module.val_dataloader = lambda: held_out
+    fitting = trainer(callback := pruning(scope="group"), **how)
+    fitting.fit(module, loader(), *([] if own_loader else [held_out]))
+    assert module.encoder[3].out_features == 10
+    assert module.decoder[0].out_features < 16
+    assert not any("validation_step" in path for path, _ in callback.report.refused)
+
+
+def test_a_validation_step_that_cannot_be_looked_at_is_warned_of():
+    with pytest.warns(UserWarning, match=r"validation_step \(evaluation mode\) could not be run .*; exclude that"):
+        fit(pruning(scope="group"), module=OtherBatches(), epochs=2, limit_val_batches=0)

@@ -67,7 +67,8 @@ class Followers:
     def _measured(self) -> dict[str, tuple[float, float]]:
         named = dict(self._module.named_parameters())
         with torch.no_grad():
-            values = {name: named[name].double() for name in self._leaders if name in named}
+            found = {name: named[name] for name in self._leaders if name in named}
+            values = {name: p.to(torch.promote_types(p.dtype, torch.float32)) for name, p in found.items()}
             return {name: (float(value.sum()), float(value.abs().sum())) for name, value in values.items()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from lightning import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch.optim import Optimizer
 
 
@@ -33,4 +34,6 @@ def optimizers_of(trainer: Trainer | None, pl_module: LightningModule) -> Iterat
 def _optimizers_in(value: object) -> list[Optimizer]:
     if isinstance(value, Mapping):
         value = list(value.values())
-    return [item for item in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(item, Optimizer)]
+    items = value if isinstance(value, (list, tuple)) else [value]
+    plain = [item.optimizer if isinstance(item, LightningOptimizer) else item for item in items]
+    return [item for item in plain if isinstance(item, Optimizer)]

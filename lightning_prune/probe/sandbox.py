@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from inspect import isfunction
@@ -108,7 +108,7 @@ def sandbox(trainer: Trainer | None, pl_module: LightningModule, training: bool,
             _silence_module(pl_module, record)
             _watch_outputs(stack, pl_module, record)
             for optimizer in optimizers_of(trainer, pl_module):
-                _silence_optimizer(stack, optimizer, record)
+                _silence_optimizer(stack, optimizer, _stepping_methods(optimizer), record)
             if trainer is not None:
                 _silence_trainer(stack, trainer, pl_module, record)
             seed_everywhere(seed)
@@ -183,13 +183,13 @@ def _silence_trainer(stack: ExitStack, trainer: Trainer, pl_module: LightningMod
 
     wrapped = pl_module.optimizers()
     for wrapper in wrapped if isinstance(wrapped, list) else [wrapped]:
-        _silence_optimizer(stack, wrapper, record)
+        _silence_optimizer(stack, wrapper, _stepping_methods(getattr(wrapper, "optimizer", wrapper)), record)
     for config in trainer.lr_scheduler_configs:
         stack.enter_context(_replaced(config.scheduler, "step", _do_nothing))
 
 
-def _silence_optimizer(stack: ExitStack, optimizer: Any, record: Record) -> None:
-    for name in _stepping_methods(getattr(optimizer, "optimizer", optimizer)):
+def _silence_optimizer(stack: ExitStack, optimizer: Any, methods: Iterable[str], record: Record) -> None:
+    for name in methods:
         stack.enter_context(_replaced(optimizer, name, _recorder_of_steps(optimizer, record)))
 
 

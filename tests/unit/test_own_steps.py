@@ -111,7 +111,14 @@ class LooksAtNorms(Manual):
         optimizer.step()
 
 
-KINDS = [TwoParts, Hidden, ByHand, ByHandUnderAutomatic, Adversarial, LooksAtNorms]
+class Remembered(LooksAtNorms):
+    """Keeps what Lightning has wrapped around its optimizer."""
+
+    def on_train_start(self):
+        self.mine = self.optimizers()
+
+
+KINDS = [TwoParts, Hidden, ByHand, ByHandUnderAutomatic, Adversarial, LooksAtNorms, Remembered]
 
 
 def fit(kind, callback, tmp_path, epochs=2):
@@ -174,3 +181,10 @@ def test_looking_leaves_no_trace(kind, tmp_path):
 def test_what_does_not_take_place_is_said(tmp_path):
     with pytest.warns(UserWarning, match="SGD steps without Lightning knowing: what RegularisedPruning does at"):
         fit(Hidden, RegularisedPruning("group_lasso", remove=0.5, of="channels"), tmp_path)
+
+
+def test_momentum_that_lightning_knows_under_two_names_is_cut_once(tmp_path, recwarn):
+    module = fit(Remembered, ChannelPruning(remove=0.5, of="channels", schedule=OneShot(1, "epoch")), tmp_path)
+    assert not [warning for warning in recwarn if "cannot be cut" in str(warning.message)]
+    state = module.trainer.optimizers[0].state
+    assert all(state[p]["exp_avg"].shape == p.shape for p in module.parameters())

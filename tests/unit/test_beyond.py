@@ -78,6 +78,17 @@ def test_pieces_that_are_all_read_can_go():
     assert not any(path.startswith("a.weight (dim 0") for path, _ in graph.refused)
 
 
+def test_pieces_that_meet_in_a_product_can_go():
+    """Nothing but one another reads them."""
+
+    def forward(net, x):
+        h, half = net.a(x), net.a.out_features // 2
+        return h[:, :half] @ h[:, half:].mT
+
+    graph = trace(Net(forward, a=nn.Linear(6, 12)), torch.randn(5, 6))
+    assert [group.width for group in graph.groups.values()] == [6]
+
+
 def test_longer_batches_than_the_first_find_their_positions(tmp_path):
     module = Sequences(TABLES["rows"])
     batches = [torch.randn(2, length, 6) for length in (6, 20, 9, 64)]

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import time
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
 
+from lightning_prune import ChannelPruning, OneShot
 from lightning_prune.cost import (
     CostModel,
     checkpoint_bytes,
@@ -136,3 +138,38 @@ def test_checkpoint_bytes_equals_the_file(tmp_path) -> None:
     state = net(8, 6).state_dict()
     torch.save(dict(state), tmp_path / "file.pt")
     assert checkpoint_bytes(state) == pytest.approx((tmp_path / "file.pt").stat().st_size, rel=0.02)
+
+
+class Taught(L.LightningModule):
+    """Runs a teacher beside itself, and itself twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 2))
+        self.teacher = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 2)).requires_grad_(False)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.mse_loss(self(batch) + self(-batch), self.teacher(batch))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(("example", "before", "reached"), [(None, 480, 0.5), (torch.zeros(3, 6), 80, 0.5)])
+def test_macs_are_those_of_forward_where_there_is_an_example_of_its_input(example, before, reached, tmp_path):
+    """By hand: 6 * 10 + 10 * 2 for the net, which the step runs twice, and 6 * 40 + 40 * 2 for the teacher."""
+    module = Taught()
+    module.example_input_array = example
+    callback = ChannelPruning(remove=0.5, schedule=OneShot(1, "step"))
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, max_epochs=1, callbacks=[callback], accelerator="cpu", logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(torch.randn(16, 6), batch_size=4))
+    assert callback.report.before.macs == before
+    assert callback.report.reached == pytest.approx(reached, abs=0.05)
+    if example is not None:
+        assert module.net[0].out_features == 5

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from lightning_prune import ChannelPruning, ConfigurationError, OneShot
+from lightning_prune import ChannelPruning, ConfigurationError, Linear, OneShot
 
 
 class Twins(L.LightningModule):
@@ -78,6 +78,13 @@ def test_what_does_not_move_follows_nothing(tmp_path):
     module = Twins("nothing")
     fit(module, tmp_path, exclude="target*")
     assert (module.online[0].out_features, module.target[0].out_features) == (6, 12)
+
+
+def test_what_was_cut_has_not_moved_by_that(tmp_path):
+    module = Twins("nothing")
+    callback = fit(module, tmp_path, schedule=Linear(1, 7, 2, "step"))
+    assert len(callback.report.history) == 4
+    assert (module.online[0].out_features, module.target[0].out_features) == (6, 6)
 
 
 def test_where_nothing_of_both_goes_nothing_is_refused(tmp_path):

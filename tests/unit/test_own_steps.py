@@ -188,3 +188,17 @@ def test_momentum_that_lightning_knows_under_two_names_is_cut_once(tmp_path, rec
     assert not [warning for warning in recwarn if "cannot be cut" in str(warning.message)]
     state = module.trainer.optimizers[0].state
     assert all(state[p]["exp_avg"].shape == p.shape for p in module.parameters())
+
+
+class Counting(WeightPruning):
+    steps = 0
+
+    def after_step(self, network, optimizer):
+        self.steps += 1
+
+
+@pytest.mark.parametrize("kind", [LooksAtNorms, Remembered, SmallNet])
+def test_each_step_is_told_once(kind, tmp_path):
+    callback = Counting(remove=0.5)
+    fit(kind, callback, tmp_path)
+    assert callback.steps == 8

@@ -114,7 +114,7 @@ class LooksAtNorms(Manual):
 class Remembered(LooksAtNorms):
     """Keeps what Lightning has wrapped around its optimizer."""
 
-    def on_train_start(self):
+    def on_fit_start(self):
         self.mine = self.optimizers()
 
 

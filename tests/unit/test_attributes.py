@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from lightning_prune.surgery import shrink, trace
 from lightning_prune.surgery.attributes import integer_settings, symbolic, write_settings
 from lightning_prune.surgery.constructors import Descriptions
 from lightning_prune.surgery.resize import replace
 from lightning_prune.surgery.symbols import Setting, Symbol, resolve
+from tests.helpers import Net, random_keep
 
 HEADS, DIM = Setting("m", "heads"), Setting("m", "sizes", 1)
 Pair = namedtuple("Pair", ["first", "second"])
@@ -285,3 +287,11 @@ class TestDescriptions:
         module, state = nn.Conv1d(5, 9, 3), torch.get_rng_state()
         assert described(module, {"weight": (6, 5, 3), "bias": (6,)}) == {Setting("", "out_channels"): 6}
         assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_look_at_constructors_warns_of_nothing(recwarn):
+    """An LSTM of one layer would say that it has no use for its dropout."""
+    net = Net(lambda n, x: n.head(n.rnn(x)[0]), rnn=nn.LSTM(5, 6, 2, dropout=0.2), head=nn.Linear(6, 3))
+    graph = trace(net, torch.randn(7, 2, 5))
+    shrink(net, graph, random_keep(graph))
+    assert not [warning for warning in recwarn if "dropout" in str(warning.message)]

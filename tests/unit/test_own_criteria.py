@@ -80,7 +80,7 @@ def test_two_that_decide_are_told_the_order():
 
 def test_no_warning_of_tensors_that_begin_at_zero(recwarn):
     module = small_net()
-    torch.nn.init.zeros_(module.net[3].project.weight)
+    torch.nn.init.zeros_(module.net[4].weight)
     fit(ChannelPruning(remove=0.3, schedule=OneShot(1, "step")), module=module)
     assert not [warning for warning in recwarn if "one by one" in str(warning.message)]
 

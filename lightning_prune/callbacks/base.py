@@ -350,7 +350,8 @@ class PruningCallback(PruningMethod, Callback):
                 refuse_own_averages(network.module, network.used)
             for name, reason in network.graph.refused:
                 if name.startswith("validation_step"):
-                    rank_zero_warn(f"{name} {reason}: what it alone hands out may be cut; exclude that")
+                    why = reason.partition(" The traceback above")[0].removeprefix("could not be run (")
+                    rank_zero_warn(f"what validation_step alone hands out may be cut, so exclude that: {why}")
             if network.unused:
                 rank_zero_warn(
                     f"the runs that channels were found by did not use {listed(list(network.unused), 90)}. If a later "

@@ -340,7 +340,7 @@ class TestInputs:
         callback = WeightPruning("wanda", 0.5, AT_THE_START, pattern=(2, 4), exclude=out, shrink="never")
         fit(callback, max_steps=1)
         for mask in callback._record["weights"].values():
-            assert bool((mask.reshape(-1, 4).sum(1) == 2).all())
+            assert bool((mask.movedim(1, -1).reshape(-1, 4).sum(1) == 2).all())
         with pytest.raises(ConfigurationError, match=r"'net\.0\.weight' of shape .* cannot take a 2:4 pattern"):
             fit(WeightPruning("wanda", 0.5, AT_THE_START, pattern=(2, 4)))
 

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_prune.budget import check_fraction
+from lightning_prune.callbacks.beginning import warn_of_nothing, warn_of_the_unseen
 from lightning_prune.callbacks.method import PruningMethod
 from lightning_prune.callbacks.monitors import Monitoring, Monitors
 from lightning_prune.callbacks.naming import Patterns, as_patterns
@@ -52,7 +53,6 @@ from lightning_prune.reinit.targets import not_frozen
 from lightning_prune.report import PruneReport, Request
 from lightning_prune.schedules import Position, Schedule, ScheduleName, schedule_from
 from lightning_prune.surgery.optimizer_state import leaves_zeros
-from lightning_prune.text import listed
 
 Shrink = Literal["rounds", "end", "never"]
 
@@ -342,22 +342,11 @@ class PruningCallback(PruningMethod, Callback):
         fresh = {"version": VERSION, "level": 0.0, "target": 0.0, "rounds": [], "before": asdict(network.totals())}
         self._record.update(fresh, method=type(self).__name__, original=dict(network.original))
         if not self.can_prune(network):
-            reasons = "; ".join(f"{path}: {reason}" for path, reason in network.graph.refused[:5])
-            name = type(network.module).__name__
-            rank_zero_warn(f"nothing in {name} can be pruned, training goes on without it ({reasons})")
+            warn_of_nothing(network)
         else:
             if self.shrink == "rounds":
                 refuse_own_averages(network.module, network.used)
-            for name, reason in network.graph.refused:
-                if name.startswith("validation_step"):
-                    why = reason.partition(" The traceback above")[0].removeprefix("could not be run (")
-                    rank_zero_warn(f"what validation_step alone hands out may be cut, so exclude that: {why}")
-            if network.unused:
-                rank_zero_warn(
-                    f"the runs that channels were found by did not use {listed(list(network.unused), 90)}. If a later "
-                    f"step does, what feeds them may be cut by then, and it fails: exclude that"
-                    f"{network.likely_feeders()}. If none does, nothing is wrong."
-                )
+            warn_of_the_unseen(network)
             self.prepare(network)
             if self._reinit.needs_origin:
                 network.remember()

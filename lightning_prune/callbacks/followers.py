@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -75,9 +76,4 @@ class Followers:
 def _ending(first: str, second: str) -> int:
     """How many parts at the end of two dotted names are the same."""
     pairs = zip(reversed(first.split(".")), reversed(second.split(".")), strict=False)
-    count = 0
-    for a, b in pairs:
-        if a != b:
-            break
-        count += 1
-    return count
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -369,8 +369,7 @@ class Analysis:
 
     def graph(self) -> ChannelGraph:
         """The channel graph as it is known now."""
-        by_worth = sorted(self.runs, key=lambda run: (not run.program.deployed, run.program.training))
-        run = by_worth[0]
+        run = min(self.runs, key=lambda run: (not run.program.deployed, run.program.training))
 
         def extents(value: object) -> object:
             if isinstance(value, Labelled):

@@ -225,7 +225,5 @@ def test_validation_steps_are_looked_at_on_batches_of_their_own(sanity, own_load
 
 
 def test_a_validation_step_that_cannot_be_looked_at_is_warned_of():
-    with pytest.warns(
-        UserWarning, match=r"exclude that: validation_step .* failed with TypeError: list indices [^.]*\.$"
-    ):
+    with pytest.warns(UserWarning, match="validation_step could not be run on a batch"):
         fit(pruning(scope="group"), module=OtherBatches(), epochs=2, limit_val_batches=0)

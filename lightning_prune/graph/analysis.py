@@ -252,9 +252,10 @@ class Analysis:
             self._unite()
             blocks = [compact(self.roots[ids]) for ids in self._blocks]
             ragged = [roots for roots in blocks if len(varying(roots)) > 1]
-            if not ragged:
+            if ragged:
+                self._tie(ragged)
+            elif not self._tied_pieces():
                 break
-            self._tie(ragged)
         self._make_groups()
 
     def _dense_blocks(self) -> list[Tensor]:
@@ -291,6 +292,14 @@ class Analysis:
             if not bool(taken[movable].any()):
                 taken[movable] = True
                 self.space.tie(roots, varying(roots)[:-1])
+
+    def _tied_pieces(self) -> bool:
+        """Make pieces alike that must stay as many as they are; False if they are so already."""
+        pieces = [(compact(self.roots[ids]), dim) for ids, dim in self.space.pieces]
+        whole = [(roots, dim) for roots, dim in pieces if roots.shape[dim] > 1]
+        for roots, dim in whole:
+            self.space.tie(roots, (dim,))
+        return bool(whole)
 
     def root(self, ids: Tensor) -> Tensor:
         """The unit of each label; ``SOLID`` for what stays whole."""

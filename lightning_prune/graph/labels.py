@@ -136,11 +136,12 @@ class LabelSpace:
         self.left_out: list[Frozen] = []
         self.marks: dict[str, list[Tensor]] = {}
         self.blocks: list[Tensor] = []
+        self.pieces: list[tuple[Tensor, int]] = []
         self._inner: Tensor | None = None
 
     def snapshot(self) -> Callable[[], None]:
         """A function that forgets everything learnt since now (labels stay handed out)."""
-        lists: list[list[Any]] = [self.edges, self.static_edges, self.frozen, self.left_out, self.blocks]
+        lists: list[list[Any]] = [self.edges, self.static_edges, self.frozen, self.left_out, self.blocks, self.pieces]
         lengths = [len(items) for items in lists]
         marks = {mark: len(found) for mark, found in self.marks.items()}
         inner = None if self._inner is None else self._inner.clone()
@@ -228,6 +229,11 @@ class LabelSpace:
         """What remains of a tensor with these labels must be a dense block: equal pieces stay equal."""
         if len(varying(ids)) > 1:
             self.blocks.append(ids)
+
+    def keep_number(self, ids: Tensor, dim: int) -> None:
+        """So many pieces as there are along a dimension remain: what goes, goes from each of them."""
+        if ids.shape[dim] > 1:
+            self.pieces.append((ids, dim))
 
     def mark(self, mark: str, ids: Tensor) -> None:
         """Remember something about labels: a slot's role, or that zeroing must reach them."""

@@ -49,6 +49,9 @@ class _FinalSpace(LabelSpace):
     def keep_dense(self, ids: Tensor) -> None:
         """Shapes are compared anyway."""
 
+    def keep_number(self, ids: Tensor, dim: int) -> None:
+        """Shapes are compared anyway."""
+
     def mark(self, mark: str, ids: Tensor) -> None:
         """Roles are known."""
 

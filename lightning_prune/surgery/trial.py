@@ -18,6 +18,8 @@ from lightning_prune.surgery.attributes import UnsolvedError
 from lightning_prune.surgery.transaction import Transaction, applied
 
 _SHARES = (0.8, 0.4)
+_FEW = 8
+"""Groups of so few units keep the smaller share: of 8, halves of 7 or 8 are alike, and the first 5 of 6 are there."""
 _CHOICES = 16
 """Number of widths that are tried for a group, to find one that no other group has."""
 _NEARBY = 12
@@ -70,7 +72,8 @@ def _trial_keep(analysis: Analysis) -> dict[str, Tensor]:
     for number, (name, group) in enumerate(sorted(analysis.groups.items(), key=lambda item: item[1].width)):
         if group.width < 2:
             continue
-        wanted = round(group.width * _SHARES[number % len(_SHARES)])
+        share = min(_SHARES) if group.width <= _FEW else _SHARES[number % len(_SHARES)]
+        wanted = round(group.width * share)
         near = range(max(1, wanted - _CHOICES), min(group.width, wanted + _CHOICES + 1))
         counts = sorted(near, key=lambda count: (count == 1, abs(count - wanted)))[:_CHOICES]
         widths = [{(n, n * count // group.width) for n in _full_lengths(analysis, name)} for count in counts]

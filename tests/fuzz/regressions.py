@@ -41,6 +41,32 @@ WRONG = [
 """Something other than an exact cut or a refusal came of these."""
 
 REFUSED_IN_SHRINK = [
+    # What is one unit after the first shuffle is a whole piece of the second, of which two must remain.
+    Example(
+        architecture=Architecture(
+            kind="image",
+            channels=1,
+            blocks=(("linear", 8, False), ("channel_shuffle", 2), ("activation", "relu"), ("channel_shuffle", 1)),
+            head="classifier",
+            seed=9,
+        ),
+        removal=Removal(share=0.1, single=None, seed=0),
+    ),
+    # Half of seven channels is as much as half of six: a cut of a single one looks as if it could be followed.
+    Example(
+        architecture=Architecture(
+            kind="vector",
+            channels=1,
+            blocks=(
+                ("linear", 8, False),
+                ("branches", (), (("einsum", 1, False), ("folded", 0, "inner", "unbind inner", True)), "sub", 8),
+                ("sliced", "half", 3),
+            ),
+            head="several",
+            seed=9,
+        ),
+        removal=Removal(share=0.5, single=None, seed=1),
+    ),
     # A magnitude per input channel: switched off through the direction, it is 0 / 0.
     Example(
         architecture=Architecture(

@@ -144,7 +144,7 @@ def verdict(example):
         shrink(network, graph, keep)
     except ShrinkError:
         assert_unchanged(before, state(network, inputs))
-        return "refused in shrink"
+        return "refused in shrink" if reached else "refused in shrink, with branches that no run has taken"
     check_shrunk(network, inputs, graph, keep, expected, reached)
     if trains:
         train_step(network, inputs)

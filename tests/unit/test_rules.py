@@ -173,6 +173,11 @@ CASES = {
         {"0": {("0.weight", 0): (P, every(4, 2)), ("0.bias", 0): (B, every(4, 2)), **reads("2.weight", each(4, 2))}},
         [IMAGE],
     ),
+    "shuffles across each other": Case(  # between them the channels of a unit lie in a row: whole pieces of the second
+        lambda: nn.Sequential(conv(3, 8, 1), nn.ChannelShuffle(4), nn.ChannelShuffle(2), conv(8, 2, 1)),
+        {"0": {("0.weight", 0): (P, each(1, 8)), ("0.bias", 0): (B, each(1, 8)), **reads("3.weight", each(1, 8))}},
+        [IMAGE],
+    ),
     "flatten to linear": Case(
         lambda: nn.Sequential(conv(3, 5, 3), nn.ReLU(), nn.Flatten(), linear(5 * 4 * 2, 3)),
         {"0": {**layer("0", 5), **reads("3.weight", each(5, 8))}},
@@ -738,7 +743,7 @@ def test_channels_that_are_picked_one_by_one_stay() -> None:
 
 def test_what_nobody_reads_stays() -> None:
     """Another run may read more of it, as those of random widths and longer sequences do."""
-    network, inputs = Net(lambda n, x: n.b(n.a(x).narrow(1, 0, 5)), a=linear(4, 8), b=linear(5, 3)), torch.randn(ROWS)
+    network, inputs = Net(lambda n, x: n.b(n.a(x).narrow(1, 0, 5)), a=linear(4, 9), b=linear(5, 3)), torch.randn(ROWS)
     refused = dict(trace(network, inputs).refused)
     assert refused["a.weight (dim 0)"].startswith("narrow cannot follow")
     wider = Net(lambda n, x: n.b(n.a(x)[:, : n.b.in_features]), a=linear(4, 8), b=linear(5, 3))

@@ -7,7 +7,7 @@ NOTHING = "nothing"
 
 PRUNABLE: dict[str, tuple[float, str]] = {
     "fused_qkv": (0.99, OUTPUT),
-    "fused_qkv_stream_width": (0.22, "stream and heads: one reshape takes both widths from the stream"),
+    "fused_qkv_stream_width": (0.99, OUTPUT),
     "chunked_qkv": (0.99, OUTPUT),
     "separate_qkv": (0.99, OUTPUT),
     "einsum_attention": (0.99, OUTPUT),

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import statistics
 import sys
 import time
@@ -76,7 +77,7 @@ def main() -> None:
 def about(options: argparse.Namespace) -> str:
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, lightning {lightning.__version__}"
     return (
-        f"Made by `python {' '.join(sys.argv)}` with lightning-prune {lightning_prune.__version__}, {versions}"
+        f"Made by `python {shlex.join(sys.argv)}` with lightning-prune {lightning_prune.__version__}, {versions}"
         f"{peers_version()}: {options.epochs - 1} epochs of {options.steps} steps of {options.batch_size} images."
     )
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import shlex
 import signal
 import statistics
 import sys
@@ -59,8 +60,8 @@ def main() -> None:
 
 def about(repeats: int) -> str:
     return (
-        f"Made by `python {' '.join(sys.argv)}` with torch {torch.__version__}, torchvision {torchvision.__version__}, "
-        f"{repeats} repeats."
+        f"Made by `python {shlex.join(sys.argv)}` with torch {torch.__version__}, torchvision "
+        f"{torchvision.__version__}, {repeats} repeats."
     )
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -169,7 +170,7 @@ def made_by() -> str:
     name = getattr(sys.modules["__main__"], "__spec__", None)
     command = f"python -m {name.name}" if name else f"python {sys.argv[0]}"
     return (
-        f"Made by `{' '.join([command, *sys.argv[1:]])}` on {platform.system()} {platform.machine()}, "
+        f"Made by `{command} {shlex.join(sys.argv[1:])}` on {platform.system()} {platform.machine()}, "
         f"{os.cpu_count()} cores ({torch.get_num_threads()} threads used), Python {platform.python_version()}, torch "
         f"{torch.__version__}, lightning {L.__version__}."
     )

@@ -128,7 +128,7 @@ class ChannelGates:
             Tensors of shape ``[units]`` by group name.
         """
         found = {name: torch.zeros_like(gate) for name, gate in gates.items()}
-        for name in self._slots.keys() & slopes.keys():
+        for name in (name for name in self._slots if name in slopes):  # in order, as sums depend on it
             vectors = self._vectors(name, gates)
             for group, slot in self._slots[name]:
                 if group not in found:

@@ -77,7 +77,7 @@ class GatedTraining:
 
     def before_step(self, moved: Collection[str]) -> None:
         """Hand an optimizer the weights behind the gates, and the gradients at those that it moves."""
-        for name in self._factors.keys() & set(moved):
+        for name in (name for name in self._factors if name in moved):
             if (gradient := self._tensors[name].grad) is not None:
                 gradient.mul_(self._factors[name])
         self.open()

@@ -61,7 +61,7 @@ def move_branches(network: Network, learnt: Mapping[str, Any], optimizer: Optimi
     """
     tensors = network.tensors
     rates = learning_rates(optimizer, tensors)
-    gradients = {name: tensors[name].grad for name in learnt.keys() & rates.keys()}
+    gradients = {name: tensors[name].grad for name in learnt if name in rates}
     found = {name: gradient for name, gradient in gradients.items() if gradient is not None}
     if not all(torch.stack([gradient.isfinite().all() for gradient in found.values()]).tolist() if found else ()):
         return

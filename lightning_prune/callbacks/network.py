@@ -131,8 +131,7 @@ class Network:
 
     def _mask(self, masks: Mapping[str, Tensor]) -> None:
         """Take over masks of an earlier graph."""
-        fitting = {name for name, mask in masks.items() if len(mask) == self.graph.widths.get(name)}
-        self.masks.set({name: masks[name] for name in fitting})
+        self.masks.set({n: mask for n, mask in masks.items() if len(mask) == self.graph.widths.get(n)})
 
     def refresh(self) -> None:
         """Trace again if a parameter or buffer is another tensor by now, or a step has used one that no run did."""

@@ -55,7 +55,7 @@ class NISP(RunCriterion):
         for same in reversed(list(on_batches)):  # one reader on all batches
             group_name, slot, _ = same[0]
             weight = network.tensors[slot.tensor].detach().abs().float().cpu().double()
-            for dim in set(range(weight.dim())) - {slot.dim}:
+            for dim in (dim for dim in range(weight.dim()) if dim != slot.dim):
                 moments = [response[dim] for *_, response in same if dim in response]
                 made = _variance(moments) if moments else weight.new_ones(weight.shape[dim])
                 for name, maker in makers[slot.tensor, dim]:

@@ -193,7 +193,7 @@ def _coupled(analysis: Analysis, places: Sequence[GroupAt]) -> bool:
     """
     lengths = set.intersection(*(_full_lengths(analysis, name) for name, _ in places)) if places else set()
     for length in sorted(lengths, reverse=True):
-        pairs = {(name, _partner(analysis, name, event, length)) for name, event in places}
+        pairs = dict.fromkeys((name, _partner(analysis, name, event, length)) for name, event in places)
         chosen = [(name, partner) for name, partner in pairs if partner is not None]
         if len(chosen) < len(pairs):
             continue

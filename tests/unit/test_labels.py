@@ -111,6 +111,29 @@ def test_only_blocks_that_can_become_ragged_are_kept_dense() -> None:
     assert len(space.blocks) == 1
 
 
+def test_what_was_learnt_since_a_snapshot_is_forgotten() -> None:
+    def learn(space, ids):
+        space.unite(ids, ids.flip(0), static=True)
+        space.freeze(ids, "reason")
+        space.leave_out(ids)
+        space.keep_dense(ids.view(2, 2))
+        space.keep_number(ids.view(2, 2), 0)
+        space.mark("mark", ids)
+        space.choose_inner(ids)
+
+    space = LabelSpace()
+    first, second = (plane.ids.flatten() for plane in space.fresh((4, 4)))
+    learn(space, first)
+    forget = space.snapshot()
+    learn(space, second)
+    forget()
+    lists = (space.edges, space.static_edges, space.left_out, space.blocks, space.pieces, space.marks["mark"])
+    assert [len(found) for found in lists] == [1] * len(lists)
+    assert [frozen.reason is None for frozen in space.frozen] == [True, False]
+    assert space.prefers_inner(first)
+    assert not space.prefers_inner(second)
+
+
 def test_user_line_names_this_file() -> None:
     assert user_line().startswith("test_labels.py:")
 

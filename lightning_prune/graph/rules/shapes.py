@@ -80,9 +80,7 @@ def keep_pieces_equal(call: Call, planes: Planes, dim: int, pieces: int) -> None
     """Whatever goes from one piece along ``dim`` goes from all the others at the same place."""
     for plane in planes:
         if plane.ids.shape[dim] > 1:
-            ids = plane.ids.unflatten(dim, (pieces, -1))
-            call.space.keep_dense(ids)
-            call.space.keep_number(ids, dim)
+            call.space.keep_number(plane.ids.unflatten(dim, (pieces, -1)), dim)
 
 
 def split(call: Call) -> list[Planes]:

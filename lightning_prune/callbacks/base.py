@@ -28,6 +28,8 @@ from lightning_prune.callbacks.outcome import (
     log_metrics,
     make_report,
     save_outcome,
+    warn_of_failure,
+    warn_of_mixing,
     warn_of_the_end,
 )
 from lightning_prune.callbacks.rewinding import rewind, taken_down
@@ -176,6 +178,8 @@ class PruningCallback(PruningMethod, Callback):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
                 callback.on_exception(trainer, pl_module, exception)
+        if self._network is not None:
+            warn_of_failure(self._record, exception)
         self._release(pl_module)
 
     def _release(self, pl_module: LightningModule) -> None:
@@ -220,6 +224,7 @@ class PruningCallback(PruningMethod, Callback):
         if self._network is not None:
             self._network.refresh()
             self._network.mask_weights()
+            warn_of_mixing(self._network)
         self._round_if_due(trainer, position_of(trainer))
         self._hold_back_monitors(trainer)
 
@@ -273,6 +278,7 @@ class PruningCallback(PruningMethod, Callback):
         if network is None:
             return
         network.refresh()
+        warn_of_mixing(network)
         # What was due after the last batch had started.
         changed = self._round_if_due(trainer, last_position_of(trainer))
         if self.always_finishes and self._record["level"] < 1 and self.can_prune(network):

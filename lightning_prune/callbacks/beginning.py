@@ -16,11 +16,18 @@ def warn_of_nothing(network: Network) -> None:
 
 
 def warn_of_the_unseen(network: Network) -> None:
-    """Warn of what no run has shown: a validation step that fails, and parameters that are trained but not used."""
+    """Warn of what no run has shown: steps that fail, and parameters that are trained but not used."""
     if any(path.startswith("validation_step") for path, _ in network.graph.refused):
         rank_zero_warn(
             "validation_step could not be run on a batch, for the reason in the report: what it alone hands out may be "
             "cut, so exclude that"
+        )
+    evidence = network.graph.evidence
+    if evidence is not None and all(run.program.training for run in evidence.runs):
+        rank_zero_warn(
+            "nothing of the module could be run in evaluation mode, for the reasons in the report: after a cut its "
+            "operators are followed, but no outputs are compared, and what it returns in evaluation mode only may be "
+            "cut. Set example_input_array on the module, so that forward can be run"
         )
     if network.unused:
         rank_zero_warn(

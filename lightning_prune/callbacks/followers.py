@@ -34,6 +34,7 @@ class Followers:
             if name not in leaders and alike and parameter.is_floating_point():
                 self._leaders[name] = max(alike, key=lambda other: _ending(other, name))
         self._moved: set[str] = set()
+        self._parted: set[str] = set()
         self.take_down()
 
     def take_down(self) -> None:
@@ -54,12 +55,17 @@ class Followers:
             groups: The groups of the network by name.
             keep: Bool masks of the units that are kept, by group name.
         """
-        cut = [groups[name] for name, mask in keep.items() if not bool(mask.all())]
+        return _parted(self.moved(), groups, keep)
 
-        def touching(tensor: str) -> Collection[tuple[int, str]]:
-            return {(slot.dim, group.name) for group in cut for slot in group.slots if slot.tensor == tensor}
+    def part(self, groups: Mapping[str, ChannelGroup], keep: Mapping[str, Tensor]) -> None:
+        """Remember which will have lost other units than what they would follow, if they did; arguments as before."""
+        self._parted |= _parted(self._leaders, groups, keep).keys()
 
-        return {name: leader for name, leader in self.moved().items() if touching(name) != touching(leader)}
+    def mixed(self) -> dict[str, str]:
+        """Those that have lost other units than what they seem to follow, and have moved since; each is told once."""
+        found = {name: leader for name, leader in self.moved().items() if name in self._parted}
+        self._parted -= found.keys()
+        return found
 
     def _trained(self) -> set[str]:
         held = {id(p) for optimizer in self._optimizers() for group in optimizer.param_groups for p in group["params"]}
@@ -71,6 +77,18 @@ class Followers:
             found = {name: named[name] for name in self._leaders if name in named}
             values = {name: p.to(torch.promote_types(p.dtype, torch.float32)) for name, p in found.items()}
             return {name: (float(value.sum()), float(value.abs().sum())) for name, value in values.items()}
+
+
+def _parted(
+    leaders: Mapping[str, str], groups: Mapping[str, ChannelGroup], keep: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """Those that do not lose the same units as their leaders, by the names of both."""
+    cut = [groups[name] for name, mask in keep.items() if not bool(mask.all())]
+
+    def touching(tensor: str) -> Collection[tuple[int, str]]:
+        return {(slot.dim, group.name) for group in cut for slot in group.slots if slot.tensor == tensor}
+
+    return {name: leader for name, leader in leaders.items() if touching(name) != touching(leader)}
 
 
 def _ending(first: str, second: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from lightning_prune.checkpoint import (
 from lightning_prune.cost import CostModel, checkpoint_bytes
 from lightning_prune.errors import ShrinkError, TraceError
 from lightning_prune.graph.analysis import Norms
+from lightning_prune.graph.known import Known, known_of
 from lightning_prune.graph.program import loose_tensors
 from lightning_prune.graph.tracer import named_leaves
 from lightning_prune.masks import Masks
@@ -87,6 +88,7 @@ class Network:
         self.original: dict[str, int] = dict(record.get("original", {}))
         self.origin: dict[str, Tensor] = dict(record.get("origin", {}))
         self.weights = WeightMasks(record.get("weights", {}))
+        self._known = Known(**record.get("known", {}))
         self._used_late: set[str] = set()
         self.followers = Followers(module, lambda: self.optimizers)
         self._trace()
@@ -98,7 +100,9 @@ class Network:
     def _trace(self) -> None:
         """Find the channel groups of the module as it is now; all units count as kept."""
         self.tensors = named_leaves(self.module)
-        traced = trace_programs(self.module, self.probe.programs(), self._norms, self._inner)
+        traced = trace_programs(self.module, self.probe.programs(), self._norms, self._inner, self._known)
+        if self.original:
+            self.whole.update({n: width for n, width in traced.widths.items() if n not in self.original})
         self.graph = keep_whole(traced, {name: self._reason(name) for name in self.whole})
         for slot in (slot for group in self.graph.groups.values() for slot in group.slots):
             self._dims.setdefault(slot.tensor, set()).add(slot.dim)
@@ -106,6 +110,8 @@ class Network:
         self._cost = CostModel(self.graph, [name for name, _ in self.module.named_parameters()])
         self.used = self.graph.evidence.touched if self.graph.evidence is not None else set(self.tensors)
         self.unused = self._unused()
+        used = {*self._known.used, *self.used}
+        self._known = known_of(self.graph.groups.values(), used, self.graph.refused)
 
     def _unused(self) -> dict[str, nn.Parameter]:
         trained = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
@@ -141,9 +147,6 @@ class Network:
             masks, late = self.masks.keep, self._used_late
             self._used_late = set()
             self._trace()
-            if late:
-                self.whole.update({n: width for n, width in self.graph.widths.items() if n not in self.original})
-                self._trace()
             self._mask(masks)
             self.rewrap()
             if missed := sorted(late & self.unused.keys()):
@@ -164,6 +167,7 @@ class Network:
             "origin": {name: value.clone() for name, value in self.origin.items()},
             **self._lasting(),
             "whole": dict(self.whole),
+            "known": self._known.plain(),
             "unsaved": {n: tensors[n].detach().cpu().clone() for n in self._cut if n not in saved and n in tensors},
         }
 
@@ -310,6 +314,7 @@ class Network:
         result = shrink(self.module, self.graph, keep, self.optimizers, verify, agree)
         if not result.cuts:
             return result
+        self.followers.part(self.graph.groups, keep)
         self.followers.take_down()
         for copy in shadows(self.module):
             tensors = {**named_leaves(copy), **loose_tensors(copy)}
@@ -326,17 +331,23 @@ class Network:
         self.whole.update({n: width for n, width in kept.items() if width > 1 and n not in self.graph.groups})
         return result
 
-    def follow_resize(self, before: Mapping[Setting, int], settings: Mapping[Setting, int], cut: Iterable[str]) -> None:
+    def follow_resize(
+        self,
+        before: Mapping[Setting, int],
+        settings: Mapping[Setting, int],
+        cuts: Mapping[str, Sequence[tuple[int, Tensor]]],
+    ) -> None:
         """Take note of a resize of the module, and trace it again.
 
         Args:
             before: All integer settings of its modules as they were before.
             settings: Those that were changed, as they are now.
-            cut: Names of the tensors that were resized.
+            cuts: Positions that were read along dimensions of the tensors that were resized.
         """
         self._settings.update(settings)
         self._original_settings = {**{s: before[s] for s in settings}, **self._original_settings}
-        self._cut.update(cut)
+        self._cut.update(cuts)
+        self._known = self._known.after(cuts)
         leave_behind(self.module, self._lasting())
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()

@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_prune.callbacks.monitors import Monitoring
 from lightning_prune.callbacks.network import Network
+from lightning_prune.errors import PruneError
 from lightning_prune.report import GroupWidth, PruneReport, Request, Round, Totals
 
 _NEAR = 0.005
@@ -102,6 +103,30 @@ def save_outcome(trainer: Trainer, report: PruneReport, directory: str | None) -
     if trainer.is_global_zero:
         report.save(found)
     return f"written to {found}: pruned.ckpt (load it with load_pruned) and the report"
+
+
+def warn_of_failure(record: Mapping[str, Any], exception: BaseException) -> None:
+    """Warn, where an operator of a network that was cut has failed, that the cut may be why."""
+    of_an_operator = isinstance(exception, (RuntimeError, ValueError, IndexError))
+    cuts = [step for _, step, removed in record["rounds"] if removed > 0]
+    if cuts and of_an_operator and not isinstance(exception, PruneError):
+        rank_zero_warn(
+            f"the fit failed after channels had gone, since step {cuts[0]}. If the line that failed had not run before "
+            f"that (a loss that begins later, a branch taken once in a while), nothing was known of what it joins: "
+            f"exclude that, or have the first round after it has run."
+        )
+
+
+def warn_of_mixing(network: Network) -> None:
+    """Warn of what began to follow a part of the network after the two had lost different channels."""
+    if found := network.followers.mixed():
+        name, leader = next(iter(found.items()))
+        rank_zero_warn(
+            f"{name} has moved though no optimizer has it, so it seems to follow {leader} by now, outside of the "
+            f"training step. But {leader} has lost other channels than {name}: unless it is copied whole, the values "
+            f"of different channels are mixed ({len(found)} such tensors). Update the one from the other in "
+            f"training_step from the beginning, where it is seen, or exclude {leader}."
+        )
 
 
 def warn_of_the_end(trainer: Trainer, record: Mapping[str, Any], monitoring: Monitoring) -> None:

@@ -14,6 +14,7 @@ from lightning_prune.graph.calls import Labelled
 from lightning_prune.graph.channels import ChannelGraph, Extent, Operation, Refusal
 from lightning_prune.graph.dry_run import NumbersNeededError
 from lightning_prune.graph.grouping import Leaf, LeafTable
+from lightning_prune.graph.known import Known, known_of
 from lightning_prune.graph.labels import (
     INNER,
     READ,
@@ -72,13 +73,19 @@ class Analysis:
             evaluation mode.
         norms: "approximate" lets channels go that are normalised over; the others are then normalised by themselves.
         inner: Dimensions of tensors of whose blocks (heads, say) equal positions may go instead of whole blocks.
+        known: What earlier runs have shown.
 
     Raises:
         TraceError: If no program runs, or the network has a lazy or non-strided parameter.
     """
 
     def __init__(
-        self, model: nn.Module, programs: Sequence[Program], norms: Norms = "exact", inner: Collection[Place] = ()
+        self,
+        model: nn.Module,
+        programs: Sequence[Program],
+        norms: Norms = "exact",
+        inner: Collection[Place] = (),
+        known: Known | None = None,
     ) -> None:
         """See the class."""
         self.model = model
@@ -128,6 +135,8 @@ class Analysis:
         for leaf in self.leaves:
             if leaf.tensor not in self.touched:
                 self.space.frozen.append(Frozen(leaf.ids, "is not used by any program that was run"))
+        if known is not None:
+            known.hold(self.space, self.leaves)
         self._table = LeafTable(self.leaves, self.space)
         self._blocks = self._dense_blocks()
         self.united = torch.arange(self.space.count)
@@ -229,7 +238,8 @@ class Analysis:
 
     def repeated(self) -> Analysis:
         """Run and solve everything anew, for a network whose weights or surroundings have moved on."""
-        anew = Analysis(self.model, [run.program for run in self.runs], self.norms, self.inner)
+        seen = known_of(self.groups.values(), self.touched, self.refusals())
+        anew = Analysis(self.model, [run.program for run in self.runs], self.norms, self.inner, seen)
         known = sum(len(leaf.ids) for leaf in anew.leaves)  # parameters are labelled first, and always alike
         anew.space.frozen += [Frozen(f.ids[f.ids <= known], f.reason) for f in self.frozen_later]
         anew.frozen_later += self.frozen_later

@@ -114,7 +114,7 @@ class Runs:
         ``training_step`` in evaluation and in train mode, and ``forward`` on ``example_input_array`` in evaluation mode
         where that is set; ``forward`` in both modes where there is no batch to be had. Then what else hands something
         out, on the batch of training as far as that will do: ``validation_step``, ``predict_step``, and ``forward``
-        where the training step does not call it.
+        where the training step does not call it in evaluation mode.
 
         Returns:
             Programs whose ``run()`` returns a dict: ``"return"`` is what the step or ``forward`` returned, ``"log"``
@@ -201,8 +201,8 @@ class Runs:
         wanted = [name for name in _PRECISION if is_overridden(name, self._module)]
         if not wanted:
             return {}
-        operators, calls_forward = self._training_at_a_glance(batch)
-        if "forward" in wanted and (calls_forward or self._module.example_input_array is not None):
+        operators = self._operators_of_training(batch)
+        if "forward" in wanted and (self._module.example_input_array is not None or self._step_shows_forward(batch)):
             wanted.remove("forward")
         found: dict[str, tuple[int, Any]] = {}
         for name in wanted:
@@ -224,12 +224,21 @@ class Runs:
         except PruneError:
             return None
 
-    def _training_at_a_glance(self, batch: Any) -> tuple[int, bool]:
-        """How many operators the training step executes, and whether it calls ``forward``."""
+    def _operators_of_training(self, batch: Any) -> int:
+        """How many operators the training step executes."""
         count = OperatorCount()
         with self._sandbox("training_step", True) as record, torch.no_grad(), self._no_backward(record), count:
             self._training_step(copied(batch))
-        return count.total, "forward" in record.outputs
+        return count.total
+
+    def _step_shows_forward(self, batch: Any) -> bool:
+        """Whether the training step calls ``forward`` in evaluation mode too, in which it may return something else."""
+        try:
+            with self._sandbox("training_step", False) as record, torch.no_grad(), self._no_backward(record):
+                self._training_step(copied(batch))
+        except PruneError:
+            return False
+        return "forward" in record.outputs
 
     def _way_to_call(self, name: str, batch: Any, most: int) -> int | None:
         """Number of the first way that works of calling something with a batch; None for what takes too long."""

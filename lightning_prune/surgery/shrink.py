@@ -15,6 +15,7 @@ from lightning_prune.errors import ConfigurationError, ShrinkError
 from lightning_prune.graph.analysis import Analysis, Norms
 from lightning_prune.graph.channels import ChannelGraph, ChannelGroup, Refusal
 from lightning_prune.graph.inner import chosen_places, without_effect
+from lightning_prune.graph.known import Known
 from lightning_prune.graph.program import Example, Inputs, Program, forget_caches, module_programs, uncollected
 from lightning_prune.graph.tracer import named_leaves
 from lightning_prune.surgery.attributes import UnsolvedError
@@ -48,7 +49,7 @@ class Shrunk:
         settings: Integer attributes that were rewritten, with their new values.
         cuts: What was cut, by full tensor name; the same cuts resize a copy of the network (an average of its weights).
         error: Largest difference to the masked network's outputs, relative to their largest value; None if it was not
-            verified.
+            verified, or nothing runs in evaluation mode.
     """
 
     settings: Mapping[Setting, int] = field(default_factory=dict)
@@ -97,20 +98,24 @@ def trace(
 
 
 def trace_programs(
-    model: nn.Module, programs: Sequence[Program], norms: Norms = "exact", inner: Sequence[str] = ()
+    model: nn.Module,
+    programs: Sequence[Program],
+    norms: Norms = "exact",
+    inner: Sequence[str] = (),
+    known: Known | None = None,
 ) -> ChannelGraph:
-    """Like :func:`trace`, for a network that is run by programs.
+    """Like :func:`trace`, for a network that is run by programs, and of which something may be known already.
 
     Raises:
         TraceError: If no program can be run.
         ConfigurationError: If a pattern matches nothing.
     """
     with uncollected():
-        analysis = Analysis(model, programs, norms)
+        analysis = Analysis(model, programs, norms, (), known)
         notes: list[Refusal] = []
         if inner:
             # Which tensors make channels, and not read them, is known only after a first run.
-            analysis = Analysis(model, programs, norms, chosen_places(analysis, inner))
+            analysis = Analysis(model, programs, norms, chosen_places(analysis, inner), known)
             notes = without_effect(analysis, inner)
         analysis = settle_groups(analysis)
         analysis.notes += notes
@@ -225,7 +230,8 @@ def _completed(
     """Cut the network and its optimizers, if what it hands out then is as expected."""
     with applied(analysis, units) as transaction:
         transaction.prove()
-        error = None if expected is None else largest_difference(expected, outputs(analysis, expected))
+        found = None if expected is None else largest_difference(expected, outputs(analysis, expected))
+        error = found if expected is not None and expected.outputs else None
         if agree is not None and (blamed := agree(())):
             raise _ElsewhereError(f"another process cannot cut {', '.join(blamed)}; nothing was changed", blamed)
         resize_optimizers(optimizers, transaction.tensors, transaction.cuts, transaction.saved)

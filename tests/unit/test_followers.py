@@ -31,7 +31,7 @@ class Twins(L.LightningModule):
         return mse_loss(self.online(self.before(batch)), goal)
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        if self.follows == "in a hook":
+        if self.follows == "in a hook" or (self.follows == "late" and self.global_step > 5):
             self.update()
 
     @torch.no_grad()
@@ -97,6 +97,21 @@ def test_where_nothing_of_both_goes_nothing_is_refused(tmp_path):
 def test_masks_that_end_in_a_cut_are_warned_of(tmp_path):
     with pytest.warns(UserWarning, match=r"target\.0\.weight seems to follow online\.0\.weight in a hook"):
         fit(Twins("in a hook", runs=False), tmp_path, shrink="end")
+
+
+@pytest.mark.parametrize("follows", ["late", "nothing"])
+def test_what_begins_to_follow_after_the_cut_is_told(follows, tmp_path, recwarn):
+    fit(Twins(follows), tmp_path, include=["online*", "target*"])
+    told = [str(warning.message) for warning in recwarn if "are mixed" in str(warning.message)]
+    assert len(told) == (follows == "late")
+    assert all("target.0.weight has moved" in message and "online.0.weight" in message for message in told)
+
+
+def test_what_begins_to_follow_and_was_cut_alike_is_not_told(tmp_path, recwarn):
+    module = Twins("late")
+    fit(module, tmp_path, include="before.0")
+    assert module.before[0].out_features == 4
+    assert not any("are mixed" in str(warning.message) for warning in recwarn)
 
 
 class Backbone(Twins):

@@ -55,6 +55,48 @@ def test_what_only_something_else_hands_out_keeps_its_size(module, codes):
     assert found.decoder[0].out_features < 16
 
 
+class Gallery(L.LightningModule):
+    """In train mode it returns logits of two kinds, in evaluation mode the embedding that one searches with."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(72, 16), nn.ReLU())
+        self.embedding, self.classes, self.parts = nn.Linear(16, 10), nn.Linear(10, CLASSES), nn.Linear(16, CLASSES)
+
+    def forward(self, images):
+        features = self.body(images)
+        embedding = self.embedding(features)
+        return (self.classes(embedding), self.parts(features)) if self.training else embedding
+
+    def training_step(self, batch, batch_idx):
+        logits, parts = self(batch[0])
+        return nn.functional.cross_entropy(logits, batch[1]) + nn.functional.cross_entropy(parts, batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_what_forward_returns_in_evaluation_mode_keeps_its_size_where_the_step_works_in_train_mode_only():
+    torch.manual_seed(0)
+    found, _ = fit(pruning(scope="group"), module=Gallery(), epochs=2)
+    assert found.eval()(torch.zeros(1, 2, 6, 6)).shape == (1, 10)
+    assert found.body[1].out_features < 16
+
+
+class Blind(Gallery):
+    """Nothing of it runs in evaluation mode."""
+
+    def forward(self, images):
+        assert self.training
+        return super().forward(images)
+
+
+def test_a_network_of_which_nothing_runs_in_evaluation_mode_is_warned_of():
+    with pytest.warns(UserWarning, match="nothing of the module could be run in evaluation mode.*example_input_array"):
+        found, _ = fit(pruning(scope="group"), module=Blind(), epochs=2)
+    assert found.body[1].out_features < 16
+
+
 class Critic(L.LightningModule):
     """Another network that looks at the same images, in validation alone."""
 

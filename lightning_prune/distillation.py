@@ -121,27 +121,32 @@ class Comparison:
     """How outputs are compared.
 
     Args:
-        task: ``"classification"`` (class scores along dimension 1) or ``"regression"``.
+        task: ``"classification"`` or ``"regression"``.
         temperature: As for :func:`divergence`.
         teacher_temperature: As for :func:`teacher_weights`; None for equal weights.
         labels: Key or position of the true classes in a batch; default: see :func:`labels_in`.
+        dim: Dimension of class scores along which the classes lie; default: see :func:`class_dimension`.
     """
 
     task: str
     temperature: float
     teacher_temperature: float | None
     labels: str | int | None
+    dim: int | None = None
 
     def loss(self, student: Tensor, teachers: Mapping[str, Tensor], batch: Any) -> Tensor:
         """The loss of an output of the network against those of its teachers, which are given by name.
 
         Raises:
-            ConfigurationError: If shapes differ, or the true classes are needed and not found.
+            ConfigurationError: If shapes differ, the dimension of the classes cannot be told, or the true classes are
+                needed and not found.
         """
         check_shapes(student, teachers)
         outputs = list(teachers.values())
         if self.task == "regression":
             return value_loss(student, outputs)
+        dim = class_dimension(student, batch) if self.dim is None else self.dim
+        student, outputs = student.movedim(dim, 1), [output.movedim(dim, 1) for output in outputs]
         if len(outputs) == 1 or self.teacher_temperature is None:
             return class_loss(student, outputs, self.temperature, None)
         weights = teacher_weights(outputs, self.true_classes(student, batch), self.teacher_temperature)
@@ -196,6 +201,37 @@ def check_shapes(student: Tensor, teachers: Mapping[str, Tensor]) -> None:
                 f"{list(output.shape)}: they cannot be compared. Name a submodule of equal outputs in output_of, or "
                 f"choose another teacher."
             )
+
+
+def class_dimension(scores: Tensor, batch: Any) -> int:
+    """Along which dimension of class scores the classes lie: 1, as for torch's cross-entropy.
+
+    Of scores of three dimensions it may be the last one, as in language models. There it is the one without which they
+    have the shape of whole numbers in the batch.
+
+    Args:
+        scores: Class scores.
+        batch: Any nested containers of tensors.
+
+    Raises:
+        ConfigurationError: If that is so for none of the two, or for both.
+
+    Example:
+        >>> tokens = torch.zeros(2, 7, dtype=torch.long)
+        >>> class_dimension(torch.zeros(2, 7, 50), {"input_ids": tokens})
+        2
+    """
+    if scores.dim() != 3:
+        return 1
+    shapes = {tensor.shape for tensor in tensors_in(batch) if tensor.dtype == torch.long}
+    fitting = [dim for dim in (1, 2) if scores.shape[:dim] + scores.shape[dim + 1 :] in shapes]
+    if len(fitting) == 1:
+        return fitting[0]
+    raise ConfigurationError(
+        f"the output of the network has shape {list(scores.shape)}, and no whole numbers in the batch tell whether its "
+        f"classes lie along dimension 1 or along the last one, as in language models. Give Distillation the dim, or "
+        f"name a submodule in output_of whose output tells."
+    )
 
 
 def labels_in(batch: Any, scores: Tensor) -> Tensor:

@@ -38,8 +38,9 @@ class Distillation(Callback):
             put into evaluation mode).
         weight: Share of the distillation in the loss, in [0, 1].
         temperature: What class scores are divided by.
-        task: What the outputs are: class scores along dimension 1 (``"classification"``), or any values
-            (``"regression"``).
+        task: What the outputs are: class scores (``"classification"``), or any values (``"regression"``).
+        dim: Dimension along which the classes lie; default: 1, or, of outputs of three dimensions, what the shape of
+            whole numbers in the batch says (the last one in language models).
         output_of: Name of the submodule whose output is compared, and on whose inputs teachers run; default: the module
             itself, called as ``self(...)`` in ``training_step``. Teachers of another class are called themselves.
         labels: Key or position in the batch of the true classes, which several teachers are weighed by; default: the
@@ -72,6 +73,7 @@ class Distillation(Callback):
         features: Sequence[str] | None = None,
         feature_weight: float = 1.0,
         ema_decay: float = 0.999,
+        dim: int | None = None,
     ) -> None:
         self._wanted: list[Teacher] = [teachers] if isinstance(teachers, (str, nn.Module)) else list(teachers)
         if task not in ("classification", "regression"):
@@ -86,8 +88,8 @@ class Distillation(Callback):
             raise ConfigurationError('there is no teacher: give one, such as "start".')
         self.teachers, self.weight, self.temperature, self.task = teachers, weight, temperature, task
         self.output_of, self.labels, self.teacher_temperature = output_of, labels, teacher_temperature
-        self.features, self.feature_weight, self.ema_decay = features, feature_weight, ema_decay
-        comparison = Comparison(task, temperature, teacher_temperature, labels)
+        self.features, self.feature_weight, self.ema_decay, self.dim = features, feature_weight, ema_decay, dim
+        comparison = Comparison(task, temperature, teacher_temperature, labels, dim)
         self._teaching = Teaching(comparison, weight, output_of or "", list(features or ()), feature_weight)
         self._start: LightningModule | None = None
         self._average: AveragedModel | None = None  # an attribute of this class is resized along with the network

@@ -184,10 +184,11 @@ class Network:
         return self.with_others(self.masks.widths)
 
     def with_others(self, widths: Mapping[str, int]) -> dict[str, int]:
-        """Widths of the present groups, with those of original groups that can be cut no further."""
-        alone = dict.fromkeys(self.original, 1)  # down to a single channel, a group is none any more
-        left_whole = {name: width for name, width in self.whole.items() if name in self.original}
-        return {name: widths.get(name, left) for name, left in {**alone, **left_whole}.items()}
+        """Widths of the present groups, with those of original groups that can be cut no further.
+
+        Down to a single channel a group is none any more, and so is one that no run uses just now.
+        """
+        return {name: widths.get(name, len(self.positions[name])) for name in self.original}
 
     @property
     def optimizers(self) -> list[Optimizer]:

@@ -135,8 +135,9 @@ class Analysis:
         for leaf in self.leaves:
             if leaf.tensor not in self.touched:
                 self.space.frozen.append(Frozen(leaf.ids, "is not used by any program that was run"))
-        if known is not None:
-            known.hold(self.space, self.leaves)
+        known = known or Known()
+        known.hold(self.space, self.leaves)
+        self._names = known.names
         self._table = LeafTable(self.leaves, self.space)
         self._blocks = self._dense_blocks()
         self.united = torch.arange(self.space.count)
@@ -317,7 +318,7 @@ class Analysis:
 
     def _make_groups(self) -> None:
         zeroed, approximate = self._marked(NEEDS_ZERO), self._marked(STATISTICS)
-        found = self._table.groups(self.roots, zeroed, approximate, self.tensors)
+        found = self._table.groups(self.roots, zeroed, approximate, self.tensors, self._names)
         self.groups = {group.name: group for group, _ in found}
         self.units = {group.name: roots for group, roots in found}
         self.group_names = list(self.groups)

@@ -26,6 +26,15 @@ class Leaf(NamedTuple):
     ids: Tensor
 
 
+Places = frozenset[tuple[str, int, int]]
+"""Dimensions of tensors that are cut together, with how many of their positions belong to one unit."""
+
+
+def places(group: ChannelGroup) -> Places:
+    """What a group is made of."""
+    return frozenset((slot.tensor, slot.dim, slot.index.shape[1]) for slot in group.slots)
+
+
 class LeafTable:
     """Every position of every leaf, end to end: its label, the number of its leaf and its place in it.
 
@@ -55,7 +64,12 @@ class LeafTable:
         return torch.bincount(self._leaf[labels[self._ids]], minlength=len(self._leaves))
 
     def groups(
-        self, roots: Tensor, zeroed: Tensor, approximate: Tensor, tensors: Mapping[str, Tensor]
+        self,
+        roots: Tensor,
+        zeroed: Tensor,
+        approximate: Tensor,
+        tensors: Mapping[str, Tensor],
+        names: Mapping[Places, str],
     ) -> list[tuple[ChannelGroup, Tensor]]:
         """Units that own the same number of positions of the same tensor dimensions form a group.
 
@@ -64,6 +78,7 @@ class LeafTable:
             zeroed: For each label whether its unit is switched off only by zeroing all that makes it.
             approximate: For each label whether its unit is normalised over.
             tensors: The tensors by name.
+            names: What groups are called that were found before, so that none takes the name of another that is gone.
 
         Returns:
             The groups, each with the roots of its units.
@@ -76,19 +91,25 @@ class LeafTable:
         families: dict[Signature, list[Tensor]] = defaultdict(list)
         for signature, units in _stretches(owners[order], self._leaf[order]):
             families[signature].append(units)
-        found: dict[str, tuple[ChannelGroup, Tensor]] = {}
+        found = []
         for signature, members in families.items():
             units = torch.cat(members)
             span = torch.arange(int(sizes[units[0]]))
             positions = self._position[order[starts[units, None] + span]]
             group = self._group(signature, positions, bool(zeroed[unit_roots[units]].any()), tensors)
-            name, copies = group.name, 1
-            while name in found:
+            group = replace(group, approximate=bool(approximate[unit_roots[units]].any()))
+            found.append((group, unit_roots[units]))
+        taken = {names[key] for group, _ in found if (key := places(group)) in names}
+        named = []
+        for group, units in found:
+            name, copies = names.get(places(group)), 1
+            while name is None:
+                candidate = group.name if copies == 1 else f"{group.name}#{copies}"
+                name = None if candidate in taken else candidate
                 copies += 1
-                name = f"{group.name}#{copies}"
-            group = replace(group, name=name, approximate=bool(approximate[unit_roots[units]].any()))
-            found[name] = group, unit_roots[units]
-        return list(found.values())
+            taken.add(name)
+            named.append((replace(group, name=name), units))
+        return named
 
     def _group(
         self, signature: Signature, positions: Tensor, zero_all: bool, tensors: Mapping[str, Tensor]

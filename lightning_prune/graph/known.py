@@ -12,7 +12,7 @@ from lightning_prune.graph.channels import ChannelGroup, Refusal
 from lightning_prune.graph.labels import Frozen, LabelSpace
 
 if TYPE_CHECKING:
-    from lightning_prune.graph.grouping import Leaf
+    from lightning_prune.graph.grouping import Leaf, Places
 
 Position = tuple[str, int, Tensor]
 """A tensor's name, one of its dimensions, and the positions there of each unit, of shape ``[units, k]``."""
@@ -52,6 +52,11 @@ class Known(NamedTuple):
         for (tensor, dim), labels_there in ids.items():
             if tensor in self.used and not bool((there := free[tensor, dim]).all()):
                 space.frozen.append(Frozen(labels_there[~there], self.reasons.get(f"{tensor} (dim {dim})")))
+
+    @property
+    def names(self) -> dict[Places, str]:
+        """What the groups were called."""
+        return {frozenset((t, d, i.shape[1]) for t, d, i in slots): name for name, slots in self.groups.items()}
 
     def plain(self) -> dict[str, Any]:
         """The same in plain types, of which ``Known(**plain)`` makes it again."""

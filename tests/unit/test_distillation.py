@@ -14,7 +14,15 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import ConfigurationError, Distillation, OneShot
-from lightning_prune.distillation import class_loss, divergence, similarity_loss, teacher_weights, value_loss
+from lightning_prune.distillation import (
+    Comparison,
+    class_dimension,
+    class_loss,
+    divergence,
+    similarity_loss,
+    teacher_weights,
+    value_loss,
+)
 from tests.fits import (
     BATCHES,
     SmallNet,
@@ -239,3 +247,34 @@ def test_a_pruned_checkpoint_can_teach(tmp_path):
     assert torch.equal(teacher(samples), small.eval()(samples))
     assert sum(widths(module)) == 60
     assert taught.state_dict().keys() == {"updated"}
+
+
+TOKENS = torch.zeros(2, 4, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("scores", "batch", "dim"),
+    [
+        (torch.zeros(2, 4, 7), [TOKENS], 2),  # a language model
+        (torch.zeros(2, 7, 4), {"labels": TOKENS}, 1),  # a segmentation of sequences
+        (torch.zeros(2, 7), [TOKENS], 1),
+        (torch.zeros(2, 7, 4, 4), [], 1),
+    ],
+)
+def test_the_dimension_of_classes_is_told_by_the_batch(scores, batch, dim):
+    assert class_dimension(scores, batch) == dim
+
+
+@pytest.mark.parametrize(("scores", "batch"), [(torch.zeros(2, 4, 4), [TOKENS]), (torch.zeros(2, 4, 7), [])])
+def test_a_dimension_of_classes_that_cannot_be_told_is_asked_for(scores, batch):
+    with pytest.raises(ConfigurationError, match=r"dimension 1 or along the last one.*dim"):
+        class_dimension(scores, batch)
+
+
+def test_scores_of_tokens_are_compared_over_the_vocabulary():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 4, 7), torch.randn(2, 4, 7)
+    by_hand = functional.kl_div(student.log_softmax(2), teacher.log_softmax(2), reduction="none", log_target=True)
+    for dim, batch in ((None, [TOKENS]), (-1, [])):
+        found = Comparison("classification", 1.0, None, None, dim).loss(student, {"big": teacher}, batch)
+        assert found.item() == pytest.approx(by_hand.sum(2).mean().item(), rel=1e-5)

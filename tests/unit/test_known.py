@@ -139,6 +139,38 @@ def test_other_failures_are_not_explained(module, cut_at, tmp_path, recwarn):
     assert not any("failed after" in str(warning.message) for warning in recwarn)
 
 
+class Experts(L.LightningModule):
+    """A mixture of which each batch asks one expert, another one each time."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(3))
+        self.always = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def training_step(self, batch, batch_idx):
+        asked = self.experts[self.asked()]
+        return mse_loss(asked(batch) + self.always(batch), batch[:, :3])
+
+    def asked(self):
+        return self.global_step // 6 % 3
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:(.*runs that channels were found by did not use|steps have used)")
+def test_what_no_run_uses_any_more_is_reported_as_wide_as_it_is(tmp_path):
+    module = Experts()
+    schedule = Linear(1, 13, 6, "step")  # while the first expert is asked, then the second, then the third
+    callback = fit(module, ChannelPruning(remove=0.5, of="channels", schedule=schedule), tmp_path)
+    told = {group.name: group.after for group in callback.report.groups}
+    really = {name: module.get_submodule(name).out_features for name in told}
+    assert told == really == {name: len(units) for name, units in callback.kept.items()}
+    assert really["experts.0.0"] > 1
+    assert callback.report.reached == 1 - sum(told.values()) / sum(g.before for g in callback.report.groups)
+
+
 # By hand --------------------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +223,23 @@ def test_what_was_in_no_group_stays_in_none():
     graph = trace_programs(net, programs, known=held)
     assert not graph.groups
     assert ("a.weight (dim 0)", "for a reason") in graph.refused
+
+
+def test_a_name_is_not_given_to_another_group():
+    """Two groups of one module: where the first is down to one unit, the second keeps its name."""
+    net = Net(lambda net, x: net.b(torch.relu(net.a(x) @ net.more)), a=nn.Linear(4, 6), b=nn.Linear(5, 2))
+    net.more = nn.Parameter(torch.randn(6, 5))
+    names = [("a.weight", 0, 1), ("a.bias", 0, 1), ("more", 0, 1)], [("more", 1, 1), ("b.weight", 1, 1)]
+    widths = 6, 5
+    known = Known({
+        name: [(tensor, dim, torch.arange(width)[:, None]) for tensor, dim, _ in slots]
+        for name, slots, width in zip(("first", "first#2"), names, widths, strict=True)
+    })  # fmt: skip
+    graph = trace_programs(net, programs_of(net), known=known)
+    assert {name: group.width for name, group in graph.groups.items()} == {"first": 6, "first#2": 5}
+    known.groups.pop("first")
+    graph = trace_programs(net, programs_of(net), known=known)
+    assert {name: group.width for name, group in graph.groups.items()} == {"a": 6, "first#2": 5}
 
 
 def programs_of(net):

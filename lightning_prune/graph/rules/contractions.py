@@ -210,8 +210,8 @@ def grouped_product(
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("mm", "bmm"), matrix_product),
-    **dict.fromkeys(("addmm", "baddbmm"), add_matrix_product),
+    **dict.fromkeys(("mm", "bmm", "_sparse_mm"), matrix_product),
+    **dict.fromkeys(("addmm", "baddbmm", "_sparse_addmm"), add_matrix_product),
     **dict.fromkeys(("mv", "dot", "vdot"), vector_product),
     **dict.fromkeys(("_cdist_forward", "_euclidean_dist"), distance),
     "addmv": add_vector_product,

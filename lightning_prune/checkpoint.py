@@ -346,8 +346,14 @@ def _read(path: str | Path, **how: Any) -> dict[str, Any]:
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         with open(path, "rb") as file:
             # The table of contents comes last: a file that has one was written to its end, and the fault is another.
-            if zipfile.is_zipfile(file):
-                raise
+            whole = zipfile.is_zipfile(file)
+        if whole and isinstance(error, pickle.UnpicklingError) and how.get("weights_only"):
+            raise ConfigurationError(
+                f"{path} holds more than tensors and plain values, such as a network that was saved as a "
+                f"hyperparameter. To read that runs code of the file: give weights_only=False if you trust it."
+            ) from error
+        if whole:
+            raise
         raise ConfigurationError(
             f"the checkpoint {path} is damaged: it ends before its table of contents, as a file does whose writing was "
             f"cut short. Load an earlier checkpoint."

@@ -358,3 +358,20 @@ def test_the_record_is_plain_data(pruned):
         return {type(value)}
 
     assert kinds(torch.load(pruned[1], weights_only=True)[KEY]) <= {str, int, float, bool, type(None), torch.Tensor}
+
+
+class Holder(LightningModule):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+
+def test_a_network_among_the_hyperparameters_is_read_only_on_request(tmp_path):
+    net = nn.Linear(3, 2)
+    weights = {f"net.{name}": value for name, value in net.state_dict().items()}
+    torch.save({"state_dict": weights, "hyper_parameters": {"net": net}}, tmp_path / "a.ckpt")
+    for model in (Holder, Holder(nn.Linear(3, 2))):
+        with pytest.raises(ConfigurationError, match=r"more than tensors and plain values.*weights_only=False"):
+            load_pruned(tmp_path / "a.ckpt", model)
+    loaded = load_pruned(tmp_path / "a.ckpt", Holder(nn.Linear(3, 2)), weights_only=False)
+    assert torch.equal(loaded.net.weight, net.weight)

@@ -19,11 +19,15 @@ from tests.unit.test_rules import IMAGE, ROWS, conv, each, linear, parameter
 
 BOXES = torch.tensor([[0.0, 0, 0, 3, 4], [1, 1, 1, 3, 5]])
 TOKENS = (2, 5, 4)
-NEIGHBOURS = torch.sparse_coo_tensor([[0, 1, 4, 2], [1, 3, 4, 0]], torch.ones(4), (5, 5), check_invariants=True)
 
 
 def layer(name, units):
     return {(f"{name}.weight", 0): units, (f"{name}.bias", 0): units}
+
+
+def summed(n, x):
+    neighbours = torch.sparse_coo_tensor([[0, 1, 4, 2], [1, 3, 4, 0]], torch.ones(4), (5, 5), check_invariants=True)
+    return torch.sparse.mm(neighbours, x)
 
 
 def between(operator, first=None, last=None, **parts):
@@ -223,7 +227,7 @@ CASES = {
         TOKENS,
     ),
     "neighbours summed by a sparse matrix": (
-        between(lambda n, x: torch.sparse.mm(NEIGHBOURS, x), first=linear(4, 8), last=linear(8, 3)),
+        between(summed, first=linear(4, 8), last=linear(8, 3)),
         PLAIN,
         ROWS,
     ),

@@ -413,9 +413,11 @@ class TestUnusualTensors:
             return net.c(F.relu(net.b(torch.sparse.mm(net.adjacency, F.relu(net.a(x))))))
 
         parts = {"a": nn.Linear(4, 8), "b": nn.Linear(8, 6), "c": nn.Linear(6, 2)}
-        graph = whole(Net(propagate, **parts, adjacency=(torch.rand(3, 3) > 0.5).float().to_sparse()), INPUTS)
-        assert set(graph.groups) == {"b"}
+        net = Net(propagate, **parts, adjacency=(torch.rand(3, 3) > 0.5).float().to_sparse())
+        graph = whole(net, INPUTS)
+        assert set(graph.groups) == {"a", "b"}
         assert reasons(graph)["adjacency (dim 0)"] == "is a sparse tensor (sparse_coo)"
+        assert net.a.out_features == net.b.in_features < 8
 
     def test_a_sparse_input(self) -> None:
         def propagate(net, x, adjacency):

@@ -146,6 +146,8 @@ class Comparison:
         if self.task == "regression":
             return value_loss(student, outputs)
         dim = class_dimension(student, batch) if self.dim is None else self.dim
+        if not -student.dim() <= dim < student.dim():
+            raise ConfigurationError(f"dim is {dim}, but the output of the network has shape {list(student.shape)}.")
         student, outputs = student.movedim(dim, 1), [output.movedim(dim, 1) for output in outputs]
         if len(outputs) == 1 or self.teacher_temperature is None:
             return class_loss(student, outputs, self.temperature, None)

@@ -278,3 +278,9 @@ def test_scores_of_tokens_are_compared_over_the_vocabulary():
     for dim, batch in ((None, [TOKENS]), (-1, [])):
         found = Comparison("classification", 1.0, None, None, dim).loss(student, {"big": teacher}, batch)
         assert found.item() == pytest.approx(by_hand.sum(2).mean().item(), rel=1e-5)
+
+
+def test_a_dimension_that_is_not_there_is_refused():
+    scores = torch.zeros(2, 7)
+    with pytest.raises(ConfigurationError, match=r"dim is 2, but .* shape \[2, 7\]"):
+        Comparison("classification", 1.0, None, None, 2).loss(scores, {"big": scores}, [])

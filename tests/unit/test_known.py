@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -23,7 +24,7 @@ from lightning_prune import (
 from lightning_prune.graph.channels import Refusal
 from lightning_prune.graph.known import Known, known_of
 from lightning_prune.graph.program import module_programs
-from lightning_prune.surgery import trace_programs
+from lightning_prune.surgery import shrink, trace_programs
 from tests.helpers import Net
 
 
@@ -240,6 +241,14 @@ def test_a_name_is_not_given_to_another_group():
     known.groups.pop("first")
     graph = trace_programs(net, programs_of(net), known=known)
     assert {name: group.width for name, group in graph.groups.items()} == {"a": 6, "first#2": 5}
+
+
+def test_what_was_not_compared_has_no_error():
+    net = Net(lambda net, x: net.b(torch.relu(net.a(x))), a=nn.Linear(4, 6), b=nn.Linear(6, 2))
+    program = programs_of(net)[0]
+    graph = trace_programs(net, [replace(program, training=True)])
+    assert shrink(net, graph, {"a": torch.arange(3)}).error is None
+    assert net.a.out_features == 3
 
 
 def programs_of(net):

@@ -144,6 +144,6 @@ def test_other_faults_of_a_file_keep_their_names(tmp_path, checkpoint):
         load_pruned(tmp_path, small_net())
     torch.save({"state_dict": {}, "where": tmp_path}, tmp_path / "unsafe.ckpt")
     for model in (SmallNet, small_net()):
-        with pytest.raises(ConfigurationError, match="unsafe.ckpt holds more than tensors") as refusal:
+        with pytest.raises(ConfigurationError, match=r"unsafe\.ckpt holds more than tensors") as refusal:
             load_pruned(tmp_path / "unsafe.ckpt", model)
         assert "Weights only load failed" in str(refusal.value.__cause__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -28,7 +29,8 @@ from lightning_prune.graph.labels import (
     components,
     varying,
 )
-from lightning_prune.graph.program import Program, loose_tensors
+from lightning_prune.graph.memories import continued, forgetful_programs, leftovers
+from lightning_prune.graph.program import Program, loose_tensors, tensors_in
 from lightning_prune.graph.rules import find_rule
 from lightning_prune.graph.rules.contractions import NEEDS_ZERO
 from lightning_prune.graph.selections import Selection
@@ -107,11 +109,14 @@ class Analysis:
         self._memory: Memory = {}
         touched: set[int] = set()
         failures: dict[str, Exception] = {}
-        for program in programs:
+        pending = deque([*programs, *forgetful_programs(model, programs)])
+        while pending:
+            program = pending.popleft()
             check_samples(program.name, program.samples)
             try:
-                reached = self._trace(program)
+                reached, remembers = self._trace(program)
                 touched |= set() if program.restricts else reached
+                pending += [continued(model, program)] if remembers and not program.restricts else []
             except Exception as error:
                 if not program.restricts:
                     failures[program.name] = error
@@ -177,8 +182,12 @@ class Analysis:
         labelled = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool
         return Labels(self.space.fresh(tensor.shape) if labelled else (), static=True)
 
-    def _trace(self, program: Program) -> set[int]:
-        """Run a program, as a dry run if its course does not depend on numbers; what was touched."""
+    def _trace(self, program: Program) -> tuple[set[int], bool]:
+        """Run a program, as a dry run if its course does not depend on numbers.
+
+        Returns:
+            What was touched, and whether modules keep something of it that may have to do with channels.
+        """
         forget = self.space.snapshot()
         try:
             return self._run(program, dry=True)
@@ -187,10 +196,12 @@ class Analysis:
             self._memory.clear()
         return self._run(program, dry=False)
 
-    def _run(self, program: Program, dry: bool) -> set[int]:
+    def _run(self, program: Program, dry: bool) -> tuple[set[int], bool]:
         leaves = [*((self.tensors[name], labels) for name, labels in self.labels.items()), *self.loose.values()]
         tracer = Tracer(self.space, leaves, find_rule, not program.training, dry, self._memory)
-        outputs = run_traced(program, tracer)
+        with leftovers(self.model) as left:
+            outputs = run_traced(program, tracer)
+        remembers = any(tracer.labels_of(tensor).planes for _, value in left.values() for tensor in tensors_in(value))
         for output in outputs:
             for plane in tracer.labels_of(output).planes:
                 self.space.frozen.append(Frozen(plane.ids.flatten(), "is an output of the network"))
@@ -198,7 +209,7 @@ class Analysis:
         events = next((run.events for run in self.runs if run.events == tracer.events), tracer.events)
         tape = tracer.selections.tape
         self.runs.append(Run(program, events, tracer.counted, tracer.dtypes, dry, tracer.selects, tape, shapes))
-        return tracer.touched
+        return tracer.touched, remembers
 
     def freeze(self, roots: Tensor, reason: str) -> None:
         """Keep units whole after all (labels as given by :meth:`root`), then solve again."""
@@ -240,7 +251,8 @@ class Analysis:
     def repeated(self) -> Analysis:
         """Run and solve everything anew, for a network whose weights or surroundings have moved on."""
         seen = known_of(self.groups.values(), self.touched, self.refusals())
-        anew = Analysis(self.model, [run.program for run in self.runs], self.norms, self.inner, seen)
+        programs = [run.program for run in self.runs if not run.program.derived]
+        anew = Analysis(self.model, programs, self.norms, self.inner, seen)
         known = sum(len(leaf.ids) for leaf in anew.leaves)  # parameters are labelled first, and always alike
         anew.space.frozen += [Frozen(f.ids[f.ids <= known], f.reason) for f in self.frozen_later]
         anew.frozen_later += self.frozen_later

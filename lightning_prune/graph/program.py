@@ -42,6 +42,7 @@ class Program:
         restricts: Whether it only says what must stay as it is: it may fail, and tensors that no other program uses
             stay whole.
         deployed: Whether it is how the network will be used, so that its cost is the network's cost.
+        derived: Whether the analysis has made it of another one.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Program:
     handed_out: Callable[[Any], Any] = lambda result: result
     restricts: bool = False
     deployed: bool = False
+    derived: bool = False
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -97,6 +99,19 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
+_lookers: list[Callable[[], None]] = []
+
+
+@contextmanager
+def before_putting_back(look: Callable[[], None]) -> Iterator[None]:
+    """Have a look at the network each time when what a program has run inside is about to be undone."""
+    _lookers.append(look)
+    try:
+        yield
+    finally:
+        _lookers.remove(look)
+
+
 @contextmanager
 def preserved(model: nn.Module, training: bool | None) -> Iterator[None]:
     """Run ``model`` in the given mode and put modes, buffers, gradients and random state back afterwards.
@@ -124,6 +139,8 @@ def preserved(model: nn.Module, training: bool | None) -> Iterator[None]:
             if training is not None:
                 model.train(training)
             yield
+            for look in _lookers:
+                look()
     finally:
         for module, named in registered:
             module._buffers.clear()
@@ -204,10 +221,8 @@ def loose_tensors(model: nn.Module) -> dict[str, Tensor]:
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
-        for name, value in vars(module).items():
-            if name.startswith("_") and name in _REGISTRIES:
-                continue
-            for place, tensor in _placed_tensors(name, value):
+        for name in unregistered(module):
+            for place, tensor in placed_tensors(name, vars(module)[name]):
                 if id(tensor) not in registered and tensor.grad_fn is None:
                     registered.add(id(tensor))
                     found[f"{path}.{place}" if path else place] = tensor
@@ -227,15 +242,21 @@ _REGISTRIES = frozenset(vars(nn.Module()))
 """Where a module keeps what it has registered."""
 
 
-def _placed_tensors(place: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+def unregistered(module: nn.Module) -> list[str]:
+    """Names of the attributes that are not how a module keeps what it has registered."""
+    return [name for name in vars(module) if name not in _REGISTRIES or not name.startswith("_")]
+
+
+def placed_tensors(place: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in nested dicts, lists and tuples, each with how to get there."""
     if isinstance(value, Tensor):
         yield place, value
     elif type(value) is dict:
         for key, item in value.items():
-            yield from _placed_tensors(f"{place}[{key!r}]", item)
+            yield from placed_tensors(f"{place}[{key!r}]", item)
     elif type(value) in (list, tuple):
         for number, item in enumerate(value):
-            yield from _placed_tensors(f"{place}[{number}]", item)
+            yield from placed_tensors(f"{place}[{number}]", item)
 
 
 def count_samples(data: Any) -> int:

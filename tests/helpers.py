@@ -70,7 +70,7 @@ def difference(expected, found):
 
 def prunable_share(model, graph):
     """Share of the parameters that lie in tensors which some group cuts."""
-    cut = {slot.tensor for group in graph.groups.values() for slot in group.slots}
+    cut = {slot.tensor for group in graph.groups.values() if group.width > 1 for slot in group.slots}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return sum(size for name, size in sizes.items() if name in cut) / sum(sizes.values())
 

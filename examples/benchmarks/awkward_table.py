@@ -45,7 +45,7 @@ def row(name: str) -> str:
     torch.manual_seed(0)
     network = MODELS[name].build()
     graph = trace(network, MODELS[name].inputs())
-    cut = {slot.tensor for group in graph.groups.values() for slot in group.slots}
+    cut = {slot.tensor for group in graph.groups.values() if group.width > 1 for slot in group.slots}
     sizes = {path: parameter.numel() for path, parameter in network.named_parameters()}
     share = sum(size for path, size in sizes.items() if path in cut) / max(sum(sizes.values()), 1)
     cells = (f"`{name}`", MODELS[name].note, f"{share:.0%}", PRUNABLE[name][1])

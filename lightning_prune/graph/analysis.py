@@ -368,7 +368,14 @@ class Analysis:
             share = f", {len(fresh)} of {len(united)}" if left else ""
             path = f"{leaf.tensor} (dim {leaf.dim}{share})"
             found[path] = Refusal(path, told[int(first[fresh].min())].reason or "")
-        return (*self.notes, *found.values())
+        return (*self.notes, *found.values(), *self._single_units())
+
+    def _single_units(self) -> Iterator[Refusal]:
+        """Groups of which nothing can go, because a network keeps one unit of each."""
+        for group in self.groups.values():
+            if group.width == 1:
+                path = f"{group.slots[0].tensor} (dim {group.slots[0].dim})"
+                yield Refusal(path, "belongs together to the last channel, and one unit of each group is kept")
 
     def extent(self, size: int, dim: int, planes: Sequence[Plane]) -> Extent:
         """Size of one dimension as a function of the group widths."""

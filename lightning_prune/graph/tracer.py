@@ -219,11 +219,8 @@ class Tracer(TorchDispatchMode):
                     plane, rest = Plane(apart[0], plane.zero), Plane(apart[1], other.zero)
                     kept[kept.index(other)] = rest
                     continue
-                if plane.dims == other.dims:
-                    self.space.freeze(plane.ids, "shares a dimension with other channels")
-                    break  # the plane is dropped: it is solid now
                 kept.remove(other)
-                plane = self._joined(plane, other)
+                plane = self._blocks_of(other, plane) if plane.dims == other.dims else self._joined(plane, other)
             else:
                 kept.append(plane)
         return tuple(plane for plane in kept if plane.dims)
@@ -232,8 +229,16 @@ class Tracer(TorchDispatchMode):
         """Two planes that vary along a common dimension and elsewhere: what goes goes along the common one only."""
         common = set(first.dims) & set(second.dims)
         a, b = (self.space.tie(p.ids, [d for d in p.dims if d not in common]) for p in (first, second))
+        if _cross(a, b):
+            return self._blocks_of(Plane(a, first.zero), Plane(b, second.zero))
         self.space.unite(a, b)
         return Plane(a, first.zero and second.zero)
+
+    def _blocks_of(self, first: Plane, second: Plane) -> Plane:
+        """Of two planes along the same dimensions the one of larger blocks (heads, say); the other one is solid now."""
+        larger, smaller = (second, first) if _steps(second.ids) < _steps(first.ids) else (first, second)
+        self.space.freeze(smaller.ids, "shares a dimension with other channels")
+        return larger
 
     def _forget_zero(self, call: Call, tensor: Tensor, planes: Planes) -> None:
         """After an in-place operator that does not keep zeros, no alias of that memory may still claim them."""
@@ -275,3 +280,17 @@ def run_traced(program: Program, tracer: Tracer) -> list[Tensor]:
     with decomposed(tracer), tracer:
         result = program.run()
     return list(tensors_in(program.handed_out(result)))
+
+
+def _steps(ids: Tensor) -> int:
+    """How often labels change from one position to the next."""
+    flat = ids.flatten()
+    return int((flat[1:] != flat[:-1]).sum())
+
+
+def _cross(first: Tensor, second: Tensor) -> bool:
+    """Whether labels on either side have some of each on the other, so that united they would be a single one."""
+    a, b = (torch.unique(ids, return_inverse=True)[1] for ids in torch.broadcast_tensors(first, second))
+    pairs = torch.unique(torch.stack([a.flatten(), b.flatten()]), dim=1)
+    counts = int(a.max()) + 1, int(b.max()) + 1
+    return min(counts) > 1 and pairs.shape[1] == counts[0] * counts[1]

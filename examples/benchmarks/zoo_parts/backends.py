@@ -94,7 +94,7 @@ def _ours(request: Request, result: Pruned, hints: bool) -> None:
     graph = lightning_prune.trace(request.model, request.inputs, **options)
     result.trace_seconds, result.stage = time.process_time() - start, "shrink"
     result.refusals = [(path, reason) for path, reason in graph.refused]
-    cut = {slot.tensor for group in graph.groups.values() for slot in group.slots}
+    cut = {slot.tensor for group in graph.groups.values() if group.width > 1 for slot in group.slots}
     sizes = {name: parameter.numel() for name, parameter in request.model.named_parameters()}
     result.share_prunable = sum(size for name, size in sizes.items() if name in cut) / max(1, sum(sizes.values()))
     keep = random_keep(graph.widths, request.ratio, request.seed)

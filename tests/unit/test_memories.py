@@ -137,6 +137,18 @@ class CachedWeight(nn.Module):
         return self.out(torch.relu(x[:, 0] @ weight.T))
 
 
+class Gated(nn.Module):
+    """Has gates of its channels if it is given some."""
+
+    def __init__(self, gates=None):
+        super().__init__()
+        self.inner, self.out, self.gates = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 3), gates
+
+    def forward(self, x):
+        gates = torch.ones(WIDTH) if self.gates is None else self.gates
+        return self.out(torch.relu(self.inner(x)) * gates)
+
+
 LAZY = [Missing, NoneAtFirst, EmptyAtFirst, InDict, Buffer]
 
 
@@ -206,3 +218,8 @@ def test_a_weight_that_was_worked_out_goes_with_its_channels():
         found = model(inputs())
         model.kept = None
         assert torch.allclose(found, model(inputs()))
+
+
+def test_what_a_network_does_not_make_again_is_a_constant():
+    assert not trace(Gated(), inputs()).groups
+    assert list(trace(Gated(torch.rand(WIDTH)), inputs()).widths.values()) == [WIDTH]

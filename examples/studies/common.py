@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -66,15 +68,28 @@ def fit(
     module: L.LightningModule, part: Images, epochs: int, *callbacks: L.Callback, precision: Any = "32-true"
 ) -> None:
     """Train without a word and without files."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         trainer = L.Trainer(
             max_epochs=epochs, callbacks=list(callbacks), logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, precision=precision,
         )  # fmt: skip
         trainer.fit(module, batches(part))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Neither warnings nor what Lightning tells."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def trained(

@@ -21,10 +21,8 @@ trained on, patterns come from training images, and `--test` measures on the tes
 
 from __future__ import annotations
 
-import logging
 import statistics
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -34,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from examples.studies.common import Cells, Data, accuracy, arguments, batches, load, publish
+from examples.studies.common import Cells, Data, accuracy, arguments, batches, load, publish, quiet
 from lightning_prune import ChannelPruning, DecisionPatternPruning, PruningCallback, WidthSearch
 from lightning_prune.callbacks.width_record import Trial, WidthRecord
 from lightning_prune.figures import save_picture
@@ -150,12 +148,9 @@ def searched_for(key: dict[str, Any], data: Data, options: Any) -> dict[str, Any
 def trained(
     key: dict[str, Any], data: Data, epochs: int, period: int, callback: PruningCallback, width: int
 ) -> Perceptron:
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     L.seed_everything(key["seed"], verbose=False)
     module = Perceptron(width, key["preset"], period)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         trainer = L.Trainer(
             max_epochs=epochs, callbacks=[callback], logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,

@@ -49,7 +49,12 @@ def _parser(command: str, description: str | None, example: str) -> ArgumentPars
 def _model_parser(command: str, description: str | None, example: str) -> ArgumentParser:
     parser = _parser(command, description, example)
     parser.add_argument("model", type=str, help="import path of a module class, or of a function that makes a module")
-    parser.add_argument("--init", type=dict[str, Any], default={}, help="arguments to make it with, as JSON or YAML")
+    parser.add_argument(
+        "--init",
+        type=dict[str, Any],
+        default={},
+        help="arguments to make it with, as JSON or YAML; objects by class_path and init_args",
+    )
     parser.add_argument(
         "--shape",
         type=list[int],
@@ -80,10 +85,23 @@ def _make(path: str, arguments: Mapping[str, Any], kind: type[Made], what: str, 
         raise ConfigurationError(f"cannot import '{module_path}' of '{path}': {error}") from error
     if not hasattr(module, name):
         raise unknown_name(f"name in {module_path}", name, [n for n in dir(module) if not n.startswith("_")])
-    made = _called(path, getattr(module, name), arguments, option)
+    made = _called(path, getattr(module, name), {key: _made(value, option) for key, value in arguments.items()}, option)
     if not isinstance(made, kind):
         raise ConfigurationError(f"'{path}' makes a {type(made).__name__}, not a {what}")
     return made
+
+
+def _made(value: Any, option: str) -> Any:
+    """An argument with what it names by ``class_path`` and ``init_args``, as in a config, in place of these."""
+    if isinstance(value, Namespace):  # what the parser takes for an object
+        value = value.as_dict()
+    if isinstance(value, list):
+        return [_made(item, option) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "class_path" in value and value.keys() <= {"class_path", "init_args"}:
+        return _make(value["class_path"], value.get("init_args") or {}, object, "object", option)
+    return {key: _made(item, option) for key, item in value.items()}
 
 
 def _called(path: str, maker: Any, arguments: Mapping[str, Any], option: str) -> Any:

@@ -67,8 +67,9 @@ class ChannelPruning(RepairingRounds):
             of groups of the same shape (``"isomorphic"``, Fang et al., 2024).
         include: Patterns of module names (as in ``fnmatch``), or a single one, whose channels may go; default all.
         exclude: Patterns of module names whose channels stay.
-        ratios: Fraction of channels to remove for the groups that match a pattern; the others meet the budget. Where
-            there is one for each group, ``remove`` does not count.
+        ratios: Fraction of channels to remove for the groups that match a pattern; the others meet the budget. Of
+            several patterns that match, the last one counts. Where there is a fraction for each group, ``remove`` does
+            not count.
         round_to: Widths become multiples of this.
         min_channels: Fewest channels of a group, as a number or as a share of its width in (0, 1).
         reinit: What becomes of the weights after each round: ``"keep"``, ``"random"`` (drawn anew), something of the

@@ -81,9 +81,10 @@ def _notes(record: Mapping[str, Any], network: Network, requested: Request, reac
         notes.append("masks only: nothing got smaller or faster; set shrink='end' or shrink='rounds' for that")
     count = sum(group.approximate for group in network.graph.groups.values())
     if count:
+        groups = "1 group" if count == 1 else f"{count} groups"
         notes.append(
-            f"the channels of {count} groups are normalised over, or set the scale of an attention: that follows what "
-            f"is left of them, so the network equals the masked one only if it does so there too (norms='approximate')"
+            f"the channels of {groups} are normalised over, or set the scale of an attention: that follows what is "
+            f"left of them, so the network equals the masked one only if it does so there too (norms='approximate')"
         )
     return notes
 

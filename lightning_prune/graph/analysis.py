@@ -120,7 +120,7 @@ class Analysis:
             except Exception as error:
                 if not program.restricts:
                     failures[program.name] = error
-                self.notes.append(Refusal(program.name, f"could not be run ({error})"))
+                self.notes += [] if program.derived else [Refusal(program.name, f"could not be run ({error})")]
         ran = {_entry_point(run.program.name) for run in self.runs}
         for name, failure in failures.items():
             if _entry_point(name) not in ran:

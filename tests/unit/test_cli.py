@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_prune.cli import main
 
@@ -136,6 +137,20 @@ def test_inspect_tells_how_much_can_go_at_most(capsys):
     share = 100 * (1 - sum(p.numel() for p in model.parameters()) / before)
     assert 0 <= share - told < 0.1
     assert re.search(r"MACs for one sample, of which at most 9\d\.\d% can go", out)
+
+
+def test_inspect_makes_what_an_argument_names_by_its_class(capsys):
+    layers = '{"module": {"class_path": "torch.nn.Linear", "init_args": {"in_features": 8, "out_features": 3}}}'
+    status, out, _ = said(capsys, ["inspect", "tests.unit.test_cli.Around", "--init", layers, "--shape", "[2,5]"])
+    assert status == 0
+    assert re.search(r"first +8 ", out)
+
+
+def test_inspect_says_what_is_wrong_with_a_class_in_an_argument(capsys):
+    layers = '{"module": {"class_path": "torch.nn.Linaer"}}'
+    status, _, err = said(capsys, ["inspect", "tests.unit.test_cli.Around", "--init", layers, "--shape", "[2,5]"])
+    assert status != 0
+    assert "did you mean 'Linear'?" in err
 
 
 def test_inspect_prints_groups_refusals_and_costs(capsys):
@@ -331,3 +346,14 @@ def test_the_demo_does_the_main_job(tmp_path, monkeypatch, capsys):
     network = load_pruned("made/pruned.ckpt", DigitsResNet).eval()
     with torch.no_grad():
         assert torch.equal(torch.export.load("net.pt2").module()(images), network(images))
+
+
+class Around(nn.Module):
+    """A module that is given another one."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.first, self.module = nn.Linear(5, 8), module
+
+    def forward(self, x):
+        return self.module(self.first(x))

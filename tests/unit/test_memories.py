@@ -223,3 +223,18 @@ def test_a_weight_that_was_worked_out_goes_with_its_channels():
 def test_what_a_network_does_not_make_again_is_a_constant():
     assert not trace(Gated(), inputs()).groups
     assert list(trace(Gated(torch.rand(WIDTH)), inputs()).widths.values()) == [WIDTH]
+
+
+class Once(Stateful):
+    """Refuses to run again before it is told to forget."""
+
+    def forward(self, x):
+        assert self.state is None, "reset me first"
+        return super().forward(x)
+
+
+def test_a_network_that_cannot_run_twice_is_cut_all_the_same():
+    model = Once()
+    graph = trace(model, inputs())
+    assert list(graph.widths.values()) == [WIDTH, WIDTH]  # no state is ever handed on
+    assert not [reason for _, reason in graph.refused if "could not be run" in reason]

@@ -148,6 +148,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no binary tail": {"anneal": 1.0},
     "one budget for all": {"scope": "global"},
     "no annealing": {"temperature": [0.3, 0.3]},
+    "statistics anew": {"recalibrate": 20},
 }
 SMALL = {"epochs": 10, "size": 16, "train": 20_000, "width": 1}
 DEFAULT = ["trained", "random", "edge-popup", "sparse-binary-mask"]
@@ -161,7 +162,7 @@ def main() -> None:
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULT)
     parser.add_argument("--tune", action="store_true", help="try settings with seed 0")
-    parser.add_argument("--ablate", action="store_true", help="take away an ingredient of sparse-binary-mask at a time")
+    parser.add_argument("--ablate", action="store_true", help="change an ingredient of sparse-binary-mask at a time")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--size", type=int, choices=[16, 32], help="of the images")
     parser.add_argument("--width", type=int, help="factor of all widths; 2 makes conv-4 that of the paper")

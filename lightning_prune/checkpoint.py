@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from lightning_prune.compiled import uncompiled_name
 from lightning_prune.errors import ConfigurationError
-from lightning_prune.graph.program import loose_tensors
 from lightning_prune.graph.tracer import named_leaves
+from lightning_prune.graph.unregistered import loose_tensors
 from lightning_prune.surgery.attributes import integer_settings, write_settings
 from lightning_prune.surgery.constructors import Descriptions
 from lightning_prune.surgery.resize import replace

@@ -85,14 +85,21 @@ def _make(path: str, arguments: Mapping[str, Any], kind: type[Made], what: str, 
         raise ConfigurationError(f"cannot import '{module_path}' of '{path}': {error}") from error
     if not hasattr(module, name):
         raise unknown_name(f"name in {module_path}", name, [n for n in dir(module) if not n.startswith("_")])
-    made = _called(path, getattr(module, name), {key: _made(value, option) for key, value in arguments.items()}, option)
+    made = _called(path, getattr(module, name), _with_objects(arguments, option), option)
     if not isinstance(made, kind):
         raise ConfigurationError(f"'{path}' makes a {type(made).__name__}, not a {what}")
     return made
 
 
+def _with_objects(arguments: Mapping[str, Any], option: str) -> dict[str, Any]:
+    """Arguments with what they name by ``class_path`` and ``init_args``, as in a config, in place of these.
+
+    The parser itself leaves those that it cannot make as they are, without a word of what is wrong with them.
+    """
+    return {key: _made(value, option) for key, value in arguments.items()}
+
+
 def _made(value: Any, option: str) -> Any:
-    """An argument with what it names by ``class_path`` and ``init_args``, as in a config, in place of these."""
     if isinstance(value, Namespace):  # what the parser takes for an object
         value = value.as_dict()
     if isinstance(value, list):
@@ -101,7 +108,7 @@ def _made(value: Any, option: str) -> Any:
         return value
     if "class_path" in value and value.keys() <= {"class_path", "init_args"}:
         return _make(value["class_path"], value.get("init_args") or {}, object, "object", option)
-    return {key: _made(item, option) for key, item in value.items()}
+    return _with_objects(value, option)
 
 
 def _called(path: str, maker: Any, arguments: Mapping[str, Any], option: str) -> Any:
@@ -307,7 +314,7 @@ def _loaded(path: str, arguments: Mapping[str, Any], checkpoint: Path) -> Lightn
     except ErrorDuringImport as error:
         raise ConfigurationError(f"cannot import '{path}': {error}") from error
     if isinstance(kind, type) and issubclass(kind, LightningModule):
-        load = partial(load_pruned, checkpoint, kind, map_location="cpu", **arguments)
+        load = partial(load_pruned, checkpoint, kind, map_location="cpu", **_with_objects(arguments, "--init"))
     else:
         made = _make_model(path, arguments)
         if not isinstance(made, LightningModule):

@@ -68,13 +68,6 @@ def difference(expected, found):
     return max(float((a - b).abs().max()) / n for a, b, n in zip(expected, found, scales, strict=True))
 
 
-def prunable_share(model, graph):
-    """Share of the parameters that lie in tensors which some group cuts."""
-    cut = {slot.tensor for group in graph.groups.values() if group.width > 1 for slot in group.slots}
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    return sum(size for name, size in sizes.items() if name in cut) / sum(sizes.values())
-
-
 def expected_attributes(module):
     """Integers that a module ought to remember of its tensors' sizes."""
     if isinstance(module, _ConvTransposeNd):

@@ -15,6 +15,7 @@ import torch
 
 from examples.benchmarks.awkward import MODELS
 from examples.benchmarks.awkward_parts.prunable import PRUNABLE
+from examples.benchmarks.zoo_parts.backends import prunable_share
 from lightning_prune import trace
 
 
@@ -45,9 +46,7 @@ def row(name: str) -> str:
     torch.manual_seed(0)
     network = MODELS[name].build()
     graph = trace(network, MODELS[name].inputs())
-    cut = {slot.tensor for group in graph.groups.values() if group.width > 1 for slot in group.slots}
-    sizes = {path: parameter.numel() for path, parameter in network.named_parameters()}
-    share = sum(size for path, size in sizes.items() if path in cut) / max(sum(sizes.values()), 1)
+    share = prunable_share(network, graph)
     cells = (f"`{name}`", MODELS[name].note, f"{share:.0%}", PRUNABLE[name][1])
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

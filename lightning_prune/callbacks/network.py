@@ -25,8 +25,8 @@ from lightning_prune.cost import CostModel, checkpoint_bytes
 from lightning_prune.errors import ShrinkError, TraceError
 from lightning_prune.graph.analysis import Norms
 from lightning_prune.graph.known import Known, known_of
-from lightning_prune.graph.program import loose_tensors
 from lightning_prune.graph.tracer import named_leaves
+from lightning_prune.graph.unregistered import loose_tensors
 from lightning_prune.masks import Masks
 from lightning_prune.probe import Probe
 from lightning_prune.probe.optimizers import optimizers_of

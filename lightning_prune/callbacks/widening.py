@@ -9,8 +9,8 @@ import torch
 from lightning_prune.callbacks.network import Network
 from lightning_prune.callbacks.support import shadows
 from lightning_prune.errors import ConfigurationError
-from lightning_prune.graph.program import loose_tensors
 from lightning_prune.graph.tracer import named_leaves
+from lightning_prune.graph.unregistered import loose_tensors
 from lightning_prune.growth import copies_for, growable, widen
 from lightning_prune.surgery.attributes import integer_settings, write_settings
 

@@ -16,8 +16,9 @@ from lightning_prune.callbacks.support import say, shadows
 from lightning_prune.callbacks.width_record import Trial, WidthRecord, WidthSearch
 from lightning_prune.checkpoint import original_settings_of, resize_to
 from lightning_prune.errors import ConfigurationError
-from lightning_prune.graph.program import forget_caches, loose_tensors
+from lightning_prune.graph.program import forget_caches
 from lightning_prune.graph.tracer import named_leaves
+from lightning_prune.graph.unregistered import loose_tensors
 from lightning_prune.schedules import OneShot, Schedule, ScheduleName
 
 

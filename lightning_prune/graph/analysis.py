@@ -30,12 +30,13 @@ from lightning_prune.graph.labels import (
     varying,
 )
 from lightning_prune.graph.memories import continued, forgetful_programs, leftovers
-from lightning_prune.graph.program import Program, loose_tensors, tensors_in
+from lightning_prune.graph.program import Program, tensors_in
 from lightning_prune.graph.rules import find_rule
 from lightning_prune.graph.rules.contractions import NEEDS_ZERO
 from lightning_prune.graph.selections import Selection
 from lightning_prune.graph.support import check_network, check_samples, left_whole
 from lightning_prune.graph.tracer import Counted, Event, Memory, Tracer, named_leaves, run_traced
+from lightning_prune.graph.unregistered import loose_tensors
 
 Norms = Literal["exact", "approximate"]
 Place = tuple[str, int]

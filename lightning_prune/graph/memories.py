@@ -16,11 +16,9 @@ from lightning_prune.graph.program import (
     SEQUENCES,
     Program,
     before_putting_back,
-    loose_tensors,
-    placed_tensors,
     tensors_in,
-    unregistered,
 )
+from lightning_prune.graph.unregistered import loose_tensors, placed_tensors, unregistered
 
 
 class Place(NamedTuple):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -151,6 +152,17 @@ def test_inspect_says_what_is_wrong_with_a_class_in_an_argument(capsys):
     status, _, err = said(capsys, ["inspect", "tests.unit.test_cli.Around", "--init", layers, "--shape", "[2,5]"])
     assert status != 0
     assert "did you mean 'Linear'?" in err
+
+
+def test_objects_in_arguments_are_made_for_a_checkpoint_too(tmp_path, capsys):
+    module, trainer = AroundLoaded(nn.Linear(8, 3)), L.Trainer(logger=False, accelerator="cpu")
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "some.ckpt")
+    layers = '{"module": {"class_path": "torch.nn.Linear", "init_args": {"in_features": 8, "out_features": 3}}}'
+    words = ["inspect", "tests.unit.test_cli.AroundLoaded", "--init", layers, "--shape", "[2,5]"]
+    status, out, _ = said(capsys, [*words, "--checkpoint", str(tmp_path / "some.ckpt")])
+    assert status == 0
+    assert re.search(r"first +8 ", out)
 
 
 def test_inspect_prints_groups_refusals_and_costs(capsys):
@@ -357,3 +369,7 @@ class Around(nn.Module):
 
     def forward(self, x):
         return self.module(self.first(x))
+
+
+class AroundLoaded(Around, L.LightningModule):
+    """The same, of which a checkpoint can be written."""

@@ -117,6 +117,22 @@ class StatefulBuffer(Stateful):
         self.register_buffer("state", torch.zeros(2, WIDTH))
 
 
+class StatefulList(Stateful):
+    """The same, with a list for it that every run adds to."""
+
+    def __init__(self):
+        self.states = []
+        super().__init__()
+
+    @property
+    def state(self):
+        return self.states[-1] if self.states else None
+
+    @state.setter
+    def state(self, value):
+        self.states += [] if value is None else [value]
+
+
 class CachedWeight(nn.Module):
     """Works a weight out once and keeps it until its mode is switched."""
 
@@ -189,7 +205,7 @@ def test_a_constant_of_the_network_goes_with_its_heads():
     assert torch.equal(model.kept, FromTheStart().kept[[1, 3]])
 
 
-@pytest.mark.parametrize("kind", [Stateful, StatefulBuffer])
+@pytest.mark.parametrize("kind", [Stateful, StatefulBuffer, StatefulList])
 @pytest.mark.parametrize("runs", [0, 1])
 def test_a_state_that_every_run_moves_on_goes_with_its_channels(kind, runs):
     torch.manual_seed(0)

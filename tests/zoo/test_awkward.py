@@ -10,10 +10,11 @@ import torch
 
 from examples.benchmarks.awkward import MODELS
 from examples.benchmarks.awkward_parts.prunable import PRUNABLE
+from examples.benchmarks.zoo_parts.backends import prunable_share
 from lightning_prune.errors import ShrinkError
 from lightning_prune.graph.program import tensors_in
 from lightning_prune.surgery import shrink, trace
-from tests.helpers import difference, disagreeing_attributes, masked_copy, prunable_share, random_keep, randomise
+from tests.helpers import difference, disagreeing_attributes, masked_copy, random_keep, randomise
 
 TOLERANCE = {"bfloat16": 3e-2, "autocast": 3e-2}
 KEPT = [0.5, pytest.param(0.9, marks=pytest.mark.slow), pytest.param(0.1, marks=pytest.mark.slow)]

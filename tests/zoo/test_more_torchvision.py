@@ -6,8 +6,9 @@ import pytest
 import torch
 import torchvision
 
+from examples.benchmarks.zoo_parts.backends import prunable_share
 from lightning_prune.surgery import shrink, trace
-from tests.helpers import difference, prunable_share, random_keep, randomise, run
+from tests.helpers import difference, random_keep, randomise, run
 
 
 def images(*sizes):

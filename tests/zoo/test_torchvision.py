@@ -10,8 +10,9 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from examples.benchmarks.zoo_parts.backends import prunable_share
 from lightning_prune.surgery import shrink, trace
-from tests.helpers import difference, disagreeing_attributes, masked_copy, prunable_share, random_keep, randomise, run
+from tests.helpers import difference, disagreeing_attributes, masked_copy, random_keep, randomise, run
 
 # Height and width: the smallest that the model accepts in train mode where a forward pass is dear.
 MODELS = {

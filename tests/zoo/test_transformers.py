@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from examples.benchmarks.zoo_parts.backends import prunable_share
 from examples.benchmarks.zoo_parts.tiny_transformers import MODELS
 from lightning_prune.graph.program import tensors_in
 from lightning_prune.surgery import shrink, trace
-from tests.helpers import disagreeing_attributes, masked_copy, prunable_share, random_keep, randomise
+from tests.helpers import disagreeing_attributes, masked_copy, random_keep, randomise
 
 pytest.importorskip("transformers", minversion="5")
 

@@ -94,9 +94,7 @@ def _ours(request: Request, result: Pruned, hints: bool) -> None:
     graph = lightning_prune.trace(request.model, request.inputs, **options)
     result.trace_seconds, result.stage = time.process_time() - start, "shrink"
     result.refusals = [(path, reason) for path, reason in graph.refused]
-    cut = {slot.tensor for group in graph.groups.values() if group.width > 1 for slot in group.slots}
-    sizes = {name: parameter.numel() for name, parameter in request.model.named_parameters()}
-    result.share_prunable = sum(size for name, size in sizes.items() if name in cut) / max(1, sum(sizes.values()))
+    result.share_prunable = prunable_share(request.model, graph)
     keep = random_keep(graph.widths, request.ratio, request.seed)
     start = time.process_time()
     lightning_prune.shrink(request.model, graph, keep)
@@ -104,6 +102,13 @@ def _ours(request: Request, result: Pruned, hints: bool) -> None:
     result.check_retrace = lambda: finds_again(
         graph, keep, lightning_prune.trace(request.model, request.inputs, **options)
     )
+
+
+def prunable_share(model: nn.Module, graph: ChannelGraph) -> float:
+    """Share of the parameters that lie in tensors which some group cuts; of one unit nothing goes."""
+    cut = {slot.tensor for group in graph.groups.values() if group.width > 1 for slot in group.slots}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return sum(size for name, size in sizes.items() if name in cut) / max(1, sum(sizes.values()))
 
 
 def finds_again(graph: ChannelGraph, keep: Mapping[str, Tensor], again: ChannelGraph) -> bool:
